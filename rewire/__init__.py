@@ -1,0 +1,84 @@
+"""rewire: any residual network, made reversible, with the same parameters.
+
+Public names are loaded on first use, so that `import rewire` (and `rewire --help`)
+does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rewire.errors import (
+        BadFile,
+        CannotTrace,
+        NothingToRewire,
+        NotRepeatable,
+        RewireError,
+        StreamMismatch,
+    )
+    from rewire.planning import plan
+    from rewire.plans import Chain, Plan, Residual, Skipped
+    from rewire.profiling import Profile, profile
+    from rewire.reversible import ReversibleSequential, store_activations
+    from rewire.rewriting import make_reversible
+    from rewire.storage import load, save
+    from rewire.verification import Check, Verdict, verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "errors": (
+        "BadFile",
+        "CannotTrace",
+        "NothingToRewire",
+        "NotRepeatable",
+        "RewireError",
+        "StreamMismatch",
+    ),
+    "planning": ("plan",),
+    "plans": ("Chain", "Plan", "Residual", "Skipped"),
+    "profiling": ("Profile", "profile"),
+    "reversible": ("ReversibleSequential", "store_activations"),
+    "rewriting": ("make_reversible",),
+    "storage": ("load", "save"),
+    "verification": ("Check", "Verdict", "verify"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BadFile",
+    "CannotTrace",
+    "Chain",
+    "Check",
+    "NotRepeatable",
+    "NothingToRewire",
+    "Plan",
+    "Profile",
+    "Residual",
+    "ReversibleSequential",
+    "RewireError",
+    "Skipped",
+    "StreamMismatch",
+    "Verdict",
+    "load",
+    "make_reversible",
+    "plan",
+    "profile",
+    "save",
+    "store_activations",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

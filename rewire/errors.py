@@ -1,0 +1,30 @@
+"""What rewire raises: one root, one kind for each thing that can go wrong.
+
+Every message says where, what (with the numbers) and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class RewireError(Exception):
+    """Root of all errors raised by rewire on purpose."""
+
+
+class CannotTrace(RewireError):
+    """A model, or the module that owns a residual add, could not be followed."""
+
+
+class NothingToRewire(RewireError):
+    """A model holds no chain of residual modules; the message names the nearest miss."""
+
+
+class StreamMismatch(RewireError):
+    """A tensor that should carry a stream of a reversible chain does not."""
+
+
+class NotRepeatable(RewireError):
+    """A branch computed something else when it was run again in backward."""
+
+
+class BadFile(RewireError):
+    """A file or a model's name could not be read, trusted or rebuilt."""

@@ -1,0 +1,156 @@
+"""The plan: what will be rewired and what is left alone, as plain data.
+
+Holds names, numbers and reasons only (no modules, no tensors), so that it prints,
+compares, and goes through JSON unchanged. It imports nothing of torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Residual:
+    """One residual module y = x + F(x).
+
+    Attributes:
+        name: Qualified name, unique in the plan, e.g. `blocks.0.attn`.
+        home: Qualified name of the module whose forward holds fork, branch and add
+            (`""` is the model itself).
+        where: File and line of the add.
+        add: Rank of the add among the tensor adds of its home's own code.
+        skip: Which operand is the skip: 0 or 1 at each level of a sum of several terms.
+        inlined: Names, relative to the home, of children whose forward is part of its code.
+        adds: Number of tensor adds in that code; a trace with another number is refused.
+        trunk: What stands on the trunk before this module: "identity", "view", "activation".
+        entry: Where the skip comes from: "fork" (the module starts its chain), "home" (a sum
+            in the same home) or "outside" (handed to the home, or a child home's result).
+        tail: An activation follows the sum before its home returns.
+        branch: Names, relative to the home, of the modules the branch calls.
+    """
+
+    name: str
+    home: str
+    where: str
+    add: int
+    skip: tuple[int, ...]
+    inlined: tuple[str, ...] = ()
+    adds: int = 1
+    trunk: str = "identity"
+    entry: str = "outside"
+    tail: bool = False
+    branch: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A run of residual modules in which each skip is the previous sum.
+
+    Attributes:
+        name: Qualified name shared by its modules.
+        modules: The residual modules in the order in which they run. The same home may
+            stand in it more than once (shared weights).
+        shape: Shape of the stream in the example, for display only.
+        trunk: "identity" for the exact two-stream form, or "inside": activations behind
+            the adds are moved into the branches (Re2TAL's form for ResNets).
+        taps: Modules whose value is used outside the chain too; there it is the newest stream.
+    """
+
+    name: str
+    modules: tuple[Residual, ...]
+    shape: tuple[int, ...] = ()
+    trunk: str = "identity"
+    taps: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __iter__(self) -> Iterator[Residual]:
+        return iter(self.modules)
+
+    @property
+    def homes(self) -> tuple[str, ...]:
+        """Names of the homes, each once, in order."""
+        return tuple(dict.fromkeys(module.home for module in self.modules))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An add that is left alone.
+
+    Attributes:
+        where: Qualified name of the module that runs the add.
+        line: File and line of the add.
+        reason: One of a few kinds ("projection", "post-norm", "too short", ...).
+        detail: The reason in words, with names and numbers.
+    """
+
+    where: str
+    line: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `make_reversible` will do.
+
+    Attributes:
+        model: Class of the model.
+        chains: The chains to be rewired, in the order in which they run.
+        skipped: Every residual-looking add left alone, with its reason.
+        inputs: The example the plan was made with, in words, and where it came from.
+        parameters: Number of parameters of the model.
+    """
+
+    model: str
+    chains: list[Chain]
+    skipped: list[Skipped]
+    inputs: str = ""
+    parameters: int = 0
+
+    @property
+    def modules(self) -> list[Residual]:
+        """All residual modules of all chains."""
+        return [module for chain in self.chains for module in chain]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as lists, dicts, strings and numbers: ready for JSON."""
+        return _thawed(dataclasses.asdict(self))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            KeyError, TypeError: `data` has not the form that `to_dict` gives.
+        """
+        chains = []
+        for chain in data["chains"]:
+            modules = tuple(Residual(**_frozen(module)) for module in chain["modules"])
+            chains.append(Chain(**{**_frozen(chain), "modules": modules}))
+        skipped = [Skipped(**_frozen(row)) for row in data["skipped"]]
+        return cls(**{**data, "chains": chains, "skipped": skipped})
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.chains)} chains, {len(self.modules)} residual modules"]
+        lines += [f"  {chain.name or '(model)'}: {len(chain)} modules" for chain in self.chains]
+        lines += [f"  left alone: {row.where} ({row.reason})" for row in self.skipped]
+        return "\n".join(lines)
+
+
+def _thawed(value: Any) -> Any:
+    """`value` with tuples as lists, as JSON would give it back."""
+    if isinstance(value, dict):
+        return {key: _thawed(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_thawed(item) for item in value]
+    return value
+
+
+def _frozen(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`row` with lists of plain values as tuples."""
+    return {key: tuple(item) if isinstance(item, list) else item for key, item in row.items()}

@@ -1,0 +1,82 @@
+"""The free check of a reversible chain: it begins with both streams equal.
+
+What backward has rebuilt at the start of a chain must therefore agree. The difference
+tracks the true error of the reconstruction, and also shows branches that do not repeat,
+weights changed between forward and backward, and lost random states.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Reconstruction = tuple[str, float]
+
+_listeners: list[list[Reconstruction]] = []
+_pending: list[tuple[str, Tensor, float]] = []
+_warned: set[str] = set()
+
+
+class DriftWarning(UserWarning):
+    """The streams rebuilt in backward differ by more than rounding explains."""
+
+
+def limit(dtype: torch.dtype) -> float:
+    """Largest relative difference without a warning: the square root of the rounding unit."""
+    return math.sqrt(torch.finfo(dtype).eps)
+
+
+def compare(chain: str, newest: Tensor, older: Tensor) -> None:
+    """Compare both streams at the start of a chain.
+
+    On an accelerator the verdict is read at the next comparison or `flush`, so that backward
+    does not wait for the device.
+    """
+    if newest.device.type == "meta" or newest.numel() == 0:
+        return
+    with torch.no_grad():
+        scale = newest.abs().amax().clamp_min_(torch.finfo(newest.dtype).tiny)
+        relative = torch.sub(newest, older).abs_().amax() / scale
+    if not _listeners and newest.device.type != "cpu":
+        flush()
+        _pending.append((chain, relative, limit(newest.dtype)))
+        return
+    _judge(chain, relative, limit(newest.dtype))
+
+
+def flush() -> None:
+    """Read the comparisons that are still on a device."""
+    while _pending:
+        _judge(*_pending.pop(0))
+
+
+@contextmanager
+def watch_reconstruction() -> Iterator[list[Reconstruction]]:
+    """Collect (chain, largest difference relative to the stream) of each backward."""
+    found: list[Reconstruction] = []
+    _listeners.append(found)
+    try:
+        yield found
+    finally:
+        _listeners[:] = [listener for listener in _listeners if listener is not found]
+
+
+def _judge(chain: str, relative: Tensor, bound: float) -> None:
+    difference = float(relative)
+    for listener in _listeners:
+        listener.append((chain, difference))
+    if difference <= bound or chain in _warned or _listeners:
+        return
+    _warned.add(chain)
+    warnings.warn(
+        f"chain {chain or '(model)'}: the streams rebuilt in backward differ by {difference:.1e} "
+        f"of their size at the chain's start (at most {bound:.1e} is rounding), so its gradients "
+        "are not exact. Use float32 without autocast, or look with `rewire verify`.",
+        DriftWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,112 @@
+"""Running a model without leaving a mark on it."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from rewire.replay import rng_states, set_rng_states
+
+_LRU_CACHE = type(functools.lru_cache(lambda: None))
+
+
+@contextmanager
+def isolated(model: nn.Module, *, values: bool = False) -> Iterator[None]:
+    """Undo, on leaving, whatever running `model` did to it and to the generators.
+
+    Restored, also after an exception: attributes of every module (plain lists, dicts and
+    sets one level deep), registered parameters, buffers, children and hooks, training
+    flags, the random states of Python, NumPy and torch, and `functools.lru_cache`s of
+    the packages that define the model, which might otherwise hold fake tensors.
+
+    Args:
+        model: The model that will be run.
+        values: Also restore the values of buffers. Needed where the run is real; a run on
+            fake tensors cannot change them.
+    """
+    attributes = [(module, _snapshot(module)) for module in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] if values else []
+    caches = [(cache, cache.cache_info().misses) for cache in _lru_caches(model)]
+    states = random.getstate(), numpy.random.get_state(), rng_states()
+    try:
+        yield
+    finally:
+        for module, snapshot in attributes:
+            _restore(module, snapshot)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for cache, misses in caches:
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        set_rng_states(states[2])
+
+
+@contextmanager
+def training_mode(model: nn.Module, mode: bool) -> Iterator[None]:
+    """Set every module's training flag directly (a model's own `train` may do more)."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.__dict__["training"] = mode
+        yield
+    finally:
+        for module, flag in flags:
+            module.__dict__["training"] = flag
+
+
+def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Each attribute with, for plain containers, a copy of its content."""
+    return {
+        name: (value, value.copy() if isinstance(value, (dict, list, set)) else None)
+        for name, value in module.__dict__.items()
+    }
+
+
+def _restore(module: nn.Module, snapshot: dict[str, tuple[Any, Any]]) -> None:
+    for name in module.__dict__.keys() - snapshot.keys():
+        del module.__dict__[name]
+    for name, (value, content) in snapshot.items():
+        module.__dict__[name] = value
+        if content is None or _same_content(value, content):
+            continue
+        value.clear()
+        value.extend(content) if isinstance(value, list) else value.update(content)
+
+
+def _same_content(value: Any, content: Any) -> bool:
+    """Whether a container still holds the very same objects in the same order."""
+    if len(value) != len(content):
+        return False
+    if isinstance(value, dict):
+        pairs = zip(value.items(), content.items(), strict=True)
+        return all(a is c and b is d for (a, b), (c, d) in pairs)
+    return all(a is b for a, b in zip(value, content, strict=True))
+
+
+def _lru_caches(model: nn.Module) -> list[Callable[..., Any]]:
+    """The `functools.lru_cache`s in modules of the packages that define the model's classes."""
+    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    packages -= {"torch", "builtins"}
+    found = {}
+    for name, source in list(sys.modules.items()):
+        if name.partition(".")[0] not in packages:
+            continue
+        for value in list(vars(source).values()):
+            if type(value) is _LRU_CACHE:
+                found[id(value)] = value
+    for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
+        for value in vars(cls).values():
+            if type(value) is _LRU_CACHE:
+                found[id(value)] = value
+    return list(found.values())

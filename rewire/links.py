@@ -1,0 +1,190 @@
+"""Links: how the next residual module finds the older stream.
+
+Modules of a chain hand plain tensors, the newest stream, to each other through the
+user's own code. The older stream and the tape hang on that tensor in a weak table, so
+that they live exactly as long as it does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from rewire.coupling import COUPLINGS, Coupling
+from rewire.errors import StreamMismatch
+from rewire.tape import Layout, Step, Tail, Tape
+
+
+class _Run(threading.local):
+    """In each thread, the site of a chain that ran last; -1 when the chain is complete."""
+
+    site = -1
+
+
+@dataclass(eq=False)
+class Course:
+    """A chain at run time: shared by the modules of one model, never by two models.
+
+    Attributes:
+        name: Qualified name of the chain.
+        sites: Names of its residual modules in order.
+        coupling: Name of the coupling.
+        stored: Run by ordinary autograd, with activations stored.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    coupling: str = "re2"
+    stored: bool = False
+    run: _Run = field(default_factory=_Run, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "run": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, run=_Run())
+
+    @property
+    def arithmetic(self) -> Coupling:
+        """The coupling itself."""
+        return COUPLINGS[self.coupling]
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """What hangs on a visible tensor.
+
+    Attributes:
+        course: The chain.
+        site: Number of the residual module that made the tensor; -1 before the first.
+        older: The older stream, with its graph.
+        newest: The newest stream, where it is not the visible tensor itself (the stream is of
+            higher precision, or an activation stands between).
+        tape: None where nothing is recorded.
+        position: Number of steps on the tape when the tensor was made.
+        version: Version counter of the visible tensor.
+        tail: The activation between `newest` and the visible tensor.
+    """
+
+    course: Course
+    site: int
+    older: Tensor
+    newest: Tensor | None
+    tape: Tape | None
+    position: int
+    version: int
+    tail: Tail | None = None
+
+    def streams(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Layout, Layout] | None]:
+        """Both streams in the layout of `x`, the visible tensor or a view of all of it."""
+        newest = x if self.newest is None else self.newest
+        older = self.older
+        if self.newest is None and older.shape == x.shape and older.stride() == x.stride():
+            return newest, older, None
+        before, inside = layout(older), layout(x)
+        if before == inside:
+            return newest, older, None
+        if x.numel() != older.numel():
+            raise StreamMismatch(
+                f"{self.course.name}: the tensor handed on is {list(x.shape)}, the stream "
+                f"{list(older.shape)}. Hand on the whole stream, or rewire with `exclude=`."
+            )
+        newest = x if self.newest is None else relaid(newest, inside)
+        return newest, relaid(older, inside), (before, inside)
+
+
+def layout(stream: Tensor) -> Layout:
+    """Shape and strides."""
+    return stream.shape, stream.stride()
+
+
+def relaid(stream: Tensor, inside: Layout) -> Tensor:
+    """All of a stream in another layout, as a view."""
+    shape, stride = inside
+    if stream.is_contiguous() and torch.empty(shape, device="meta").stride() == stride:
+        return stream.view(shape)
+    return stream.as_strided(shape, stride, stream.storage_offset())
+
+
+_links: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def attach(x: Tensor, link: Link) -> None:
+    """Hang a link on a visible tensor."""
+    _links[x] = link
+
+
+def find(x: Tensor, course: Course) -> Link | None:
+    """The link of a tensor, or of the tensor it is another name or a whole view of.
+
+    Raises:
+        StreamMismatch: The tensor was changed in place since its link was made.
+    """
+    link = _links.get(x)
+    if link is None or link.course is not course:
+        link = _find_alias(x, course)
+    if link is not None and version(x) != link.version:
+        raise StreamMismatch(
+            f"{course.sites[link.site]}: its result was changed in place before the next module "
+            f"of chain {course.name} read it. Write the operation out of place, or keep "
+            "the module out with `exclude=`."
+        )
+    return link
+
+
+def _find_alias(x: Tensor, course: Course) -> Link | None:
+    """By storage: FSDP2 wraps tensors, user code takes views."""
+    place = _place(x)
+    if place is None:
+        return None
+    for tensor, link in list(_links.items()):
+        if link.course is course and tensor.numel() == x.numel() and _place(tensor) == place:
+            return link  # type: ignore[no-any-return]
+    return None
+
+
+def _place(x: Tensor) -> tuple[int, int] | None:
+    """Storage and offset; None where a tensor has no storage to look at."""
+    try:
+        return x.untyped_storage()._cdata, x.storage_offset()
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def version(x: Tensor) -> int:
+    """The version counter; inference tensors have none."""
+    return -1 if x.is_inference() else x._version
+
+
+def choose_site(course: Course, sites: Sequence[int], link: Link | None) -> tuple[int, Link | None]:
+    """Which module of the chain runs now, and the link to go on with (None: the chain opens).
+
+    Layer drop leaves modules out: the next one is the first of this home's sites behind
+    the link's, wherever it is.
+
+    Raises:
+        StreamMismatch: A module in the middle of a chain is handed something that is no stream.
+    """
+    if link is not None:
+        following = [site for site in sites if site > link.site]
+        if following:
+            return following[0], link
+    last = course.run.site
+    skipped = [site for site in sites if site > last]
+    if sites[0] == 0 or last < 0 or not skipped:
+        return sites[0], None
+    raise StreamMismatch(
+        f"{course.sites[skipped[0]]}: its input is not the result of {course.sites[last]}, which "
+        f"ran before it in chain {course.name or '(model)'}. Between two modules of a chain only "
+        "views of the whole tensor are allowed (no copy, cast, scale, or change of order); keep "
+        "one of them out with `exclude=` to cut the chain there."
+    )
+
+
+__all__ = ["Course", "Link", "Step", "attach", "choose_site", "find", "layout", "relaid", "version"]

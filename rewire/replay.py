@@ -1,0 +1,227 @@
+"""What surrounds a branch when it runs, kept so that a rerun finds the same.
+
+Random generators, autocast, buffers the branch changes, and mutable objects handed to it.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+import pickle
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewire.errors import NotRepeatable
+
+AutocastState = tuple[tuple[str, bool, torch.dtype], ...]
+RngStates = list[Tensor]
+
+
+# ---- random generators -------------------------------------------------------------------
+
+
+def rng_states() -> RngStates:
+    """States of the CPU generator and, where CUDA is up, of each CUDA device's."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_rng_states(states: RngStates) -> None:
+    """The inverse of `rng_states`."""
+    torch.set_rng_state(states[0])
+    for device, state in enumerate(states[1:]):
+        torch.cuda.set_rng_state(state, device)
+
+
+def same_rng_states(a: RngStates, b: RngStates) -> bool:
+    """Whether nothing was drawn between two snapshots."""
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+@contextmanager
+def replayed_rng(states: RngStates | None) -> Iterator[None]:
+    """Run with the generators at `states`; afterwards they are as if nothing had run."""
+    if states is None:
+        yield
+        return
+    current = rng_states()
+    set_rng_states(states)
+    try:
+        yield
+    finally:
+        set_rng_states(current)
+
+
+# ---- autocast ----------------------------------------------------------------------------
+
+
+def autocast_state(device_type: str) -> AutocastState:
+    """Autocast's settings for the CPU and for `device_type`."""
+    types_ = ("cpu",) if device_type == "cpu" else ("cpu", device_type)
+    return tuple(
+        (name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in types_
+    )
+
+
+@contextmanager
+def replayed_autocast(state: AutocastState) -> Iterator[None]:
+    """Re-enter autocast as it was: the engine runs backward with it off."""
+    current = autocast_state(state[-1][0])
+    if state == current:
+        yield
+        return
+    with ExitStack() as stack:
+        for name, enabled, dtype in state:
+            stack.enter_context(torch.autocast(name, dtype, enabled, cache_enabled=False))
+        yield
+
+
+@contextmanager
+def uncached_autocast() -> Iterator[None]:
+    """Autocast's weight cache off: it keeps a cast copy of every weight until the context ends."""
+    if not torch.is_autocast_cache_enabled():
+        yield
+        return
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(True)
+
+
+# ---- buffers -----------------------------------------------------------------------------
+
+
+class Statistics:
+    """The buffers that a branch changes when it runs, e.g. BatchNorm's running mean.
+
+    Which ones is learnt by comparing values around the branch's first run (BatchNorm's
+    kernel does not bump version counters), later also by version counters. For each run
+    the values before it are kept, so that a rerun starts from them, on clones.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        found = {id(m): m for module in modules for m in module.modules()}
+        self._all = [(m, name) for m in found.values() for name in m._buffers]
+        self._changed: list[tuple[nn.Module, str]] | None = None if self._all else []
+
+    def before(self) -> list[Tensor]:
+        """Copies of the buffers that the coming run may change."""
+        if not self._all:
+            return []
+        self._versions = [_version(m._buffers[name]) for m, name in self._all]
+        places = self._all if self._changed is None else self._changed
+        return [_clone(m._buffers[name]) for m, name in places]
+
+    def after(self, kept: list[Tensor]) -> list[tuple[nn.Module, str, Tensor]]:
+        """What the run changed, with the values before it."""
+        if not self._all:
+            return []
+        if self._changed is None:
+            before = list(zip(self._all, kept, strict=True))
+            before = [(at, old) for at, old in before if not _same(at[0]._buffers[at[1]], old)]
+            self._changed = [at for at, _ in before]
+            return [(*at, old) for at, old in before]
+        known = {(id(m), name) for m, name in self._changed}
+        for (m, name), version in zip(self._all, self._versions, strict=True):
+            if (id(m), name) not in known and _version(m._buffers[name]) != version:
+                self._changed.append((m, name))
+                kept.append(_clone(m._buffers[name]))
+        return [(*at, old) for at, old in zip(self._changed, kept, strict=True)]
+
+
+@contextmanager
+def replayed_buffers(changed: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    """Run on copies of the buffers' earlier values; the buffers themselves stay untouched."""
+    current = [(module, name, module._buffers[name]) for module, name, _ in changed]
+    try:
+        for module, name, old in changed:
+            module._buffers[name] = old.clone()
+        yield
+    finally:
+        for module, name, buffer in current:
+            module._buffers[name] = buffer
+
+
+def _clone(buffer: Tensor | None) -> Tensor:
+    return torch.empty(0) if buffer is None else buffer.detach().clone()
+
+
+def _version(buffer: Tensor | None) -> int:
+    return -1 if buffer is None or buffer.is_inference() else buffer._version
+
+
+def _same(buffer: Tensor | None, old: Tensor) -> bool:
+    if buffer is None or buffer.shape != old.shape:
+        return buffer is None and old.numel() == 0
+    return torch.equal(buffer.nan_to_num(), old.nan_to_num())
+
+
+# ---- mutable objects ---------------------------------------------------------------------
+
+_SHARED = (
+    Tensor,
+    nn.Module,
+    type,
+    enum.Enum,
+    torch.Generator,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+)
+_NUMBERS = (int, float, complex)
+
+
+def detached(value: Tensor) -> Tensor:
+    """The same values without the graph, asking for gradients as `value` did."""
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def structural_copy(value: Any) -> Any:
+    """A copy of a mutable object that shares its tensors, modules, functions and classes.
+
+    A decoder's cache is written by the branch; a rerun must find it as it was before,
+    and must not write the user's. Pickle's protocol says what an object consists of; its
+    persistent ids say what is shared.
+
+    Raises:
+        NotRepeatable: The object cannot be copied.
+    """
+    if isinstance(value, _NUMBERS + _SHARED):
+        return value
+    try:
+        return _copied(value)
+    except Exception as error:
+        raise NotRepeatable(
+            f"an object of class {type(value).__qualname__} is handed to a reversible branch and "
+            f"cannot be copied for its rerun in backward ({error}). Give the class a "
+            "__getstate__, or leave the module out with `exclude=`."
+        ) from error
+
+
+def _copied(value: Any) -> Any:
+    shared: dict[int, Any] = {}
+
+    class Writer(pickle.Pickler):
+        def persistent_id(self, item: Any) -> int | None:
+            if not isinstance(item, _SHARED):
+                return None
+            if id(item) not in shared:
+                shared[id(item)] = detached(item) if isinstance(item, Tensor) else item
+            return id(item)
+
+    class Reader(pickle.Unpickler):
+        def persistent_load(self, key: Any) -> Any:
+            return shared[key]
+
+    file = io.BytesIO()
+    Writer(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    file.seek(0)
+    return Reader(file).load()

@@ -1,0 +1,115 @@
+"""Arguments and results of modules, taken apart and put together again.
+
+`flatten` separates a nest of containers into its leaves and a hashable description of
+everything else, quickly: it runs at every call of a rewired module. Tensors, numbers
+and opaque objects are leaves; None, booleans, strings, dtypes, devices and enum members
+belong to the description. A tensor that occurs twice is one leaf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Spec = Hashable
+_CONSTANTS = (type(None), bool, str, bytes, torch.dtype, torch.device, enum.Enum, torch.layout)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leaf:
+    """The place of a leaf: its number and whether it is a tensor, a number or neither."""
+
+    index: int
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Container:
+    """A container's type with the names and descriptions of its items."""
+
+    type: type
+    names: tuple[Hashable, ...]
+    items: tuple[Spec, ...]
+
+
+def flatten(value: Any) -> tuple[list[Any], Spec]:
+    """Leaves of `value`, in order, and the description of the rest."""
+    leaves: list[Any] = []
+    seen: dict[int, Leaf] = {}
+    return leaves, _flatten(value, leaves, seen)
+
+
+def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
+    """The inverse of `flatten`: fresh containers around `leaves`."""
+    if isinstance(spec, Leaf):
+        return leaves[spec.index]
+    if not isinstance(spec, Container):
+        return spec
+    items = [unflatten(item, leaves) for item in spec.items]
+    return _rebuild(spec, items)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a nest of containers, each once."""
+    return [leaf for leaf in flatten(value)[0] if isinstance(leaf, Tensor)]
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `function` applied to every leaf."""
+    leaves, spec = flatten(value)
+    return unflatten(spec, [function(leaf) for leaf in leaves])
+
+
+def _flatten(value: Any, leaves: list[Any], seen: dict[int, Leaf]) -> Spec:
+    if isinstance(value, Tensor):
+        leaf = seen.get(id(value))
+        if leaf is None:
+            leaf = seen[id(value)] = _leaf(value, "tensor", leaves)
+        return leaf
+    if isinstance(value, _CONSTANTS):
+        return value  # type: ignore[no-any-return]
+    kind = type(value)
+    if kind in (tuple, list, torch.Size) or (isinstance(value, tuple) and hasattr(kind, "_fields")):
+        return Container(kind, (), tuple(_flatten(item, leaves, seen) for item in value))
+    if kind is dict or _is_record(value):
+        fields = value if kind is dict else _fields(value)
+        items = tuple(_flatten(item, leaves, seen) for item in fields.values())
+        return Container(kind, tuple(fields), items)
+    if isinstance(value, (int, float)):
+        return _leaf(value, "number", leaves)
+    return _leaf(value, "object", leaves)
+
+
+def _leaf(value: Any, kind: str, leaves: list[Any]) -> Leaf:
+    leaves.append(value)
+    return Leaf(len(leaves) - 1, kind)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether `value` is a dataclass instance that its fields describe fully (ModelOutput)."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return False
+    return isinstance(value, dict) or type(value).__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {
+        field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init
+    }
+
+
+def _rebuild(spec: Container, items: list[Any]) -> Any:
+    if spec.type is list:
+        return items
+    if spec.type in (tuple, torch.Size):
+        return spec.type(items)
+    if spec.type is dict:
+        return dict(zip(spec.names, items, strict=True))
+    if spec.names:
+        return spec.type(**dict(zip(map(str, spec.names), items, strict=True)))
+    return spec.type(*items)

@@ -1,13 +1,13 @@
 """Example inputs: what a model can be called with, found by trying on fake tensors.
 
 Candidates come from what the model says about itself (`pretrained_cfg`, or `config` with
-`main_input_name`), then from its first layers with parameters. The first candidate with
-which the forward runs is the example.
+`main_input_name`), then from its first layers. The first that runs is the example.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -17,12 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses import fake_tensor as fakes
 
 from rewire.errors import CannotTrace
 from rewire.isolation import isolated, training_mode
@@ -31,13 +26,9 @@ _IMAGE_SIZES = (224, 256, 384, 240, 299, 192, 64, 32, 28, 128, 512, 16, 8)
 _CLIPS = ((16, 224), (16, 112), (8, 224), (32, 224), (32, 112), (8, 64), (4, 32))
 _LENGTHS = (16, 64, 77, 128, 8, 512)
 _WIDTHS = ("in_features", "in_channels", "num_features", "num_channels", "embed_dim", "input_size")
-_SEED = 0
+_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs shapes that do not fit
 # What a fake tensor cannot answer (a value, a data-dependent size) is no fault of the input.
-_NEEDS_VALUES = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
+_NEEDS_VALUES = (fakes.DataDependentOutputException, fakes.DynamicOutputShapeException)
 
 
 @dataclass(frozen=True)
@@ -76,33 +67,21 @@ def as_example(example_inputs: Any) -> Example:
     """Bring a user's `example_inputs` into one form.
 
     Args:
-        example_inputs: A tensor (the only argument), a tuple or list (the positional
-            arguments), a mapping (the keyword arguments) or an `Example`.
+        example_inputs: A tensor, a tuple of arguments, a dict of kwargs, or an `Example`.
 
     Raises:
         CannotTrace: It is something else.
     """
     if isinstance(example_inputs, Example):
         return example_inputs
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, Mapping):
+        return Example((), dict(example_inputs))
+    if isinstance(example_inputs, (tuple, list)):
+        return Example(tuple(example_inputs))
     if isinstance(example_inputs, Tensor):
-        args = (example_inputs,)
-    elif isinstance(example_inputs, (tuple, list)):
-        args = tuple(example_inputs)
-    elif isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    else:
-        raise CannotTrace(
-            f"example_inputs: got {type(example_inputs).__name__}, expected a tensor, a tuple "
-            "of arguments or a dict of keyword arguments."
-        )
-    named = [(f"{name} ", value) for name, value in kwargs.items()]
-    words = [
-        f"{name}{list(value.shape)}" if isinstance(value, Tensor) else f"{name}{value!r:.40}"
-        for name, value in [("", value) for value in args] + named
-    ]
-    return Example(args, kwargs, f"given: {', '.join(words)}")
+        return Example((example_inputs,))
+    got = type(example_inputs).__name__
+    raise CannotTrace(f"example_inputs: got {got}, expected a tensor, a tuple or a dict of kwargs.")
 
 
 def example_for(model: nn.Module, shape: Sequence[int] | None = None) -> Example:
@@ -120,28 +99,32 @@ def example_for(model: nn.Module, shape: Sequence[int] | None = None) -> Example
     Raises:
         CannotTrace: No candidate runs.
     """
-    candidates = list(_candidates(model) if shape is None else _of_shape(model, tuple(shape)[1:]))
-    batches = [2, 1] if shape is None else list(shape[:1])
-    last: Exception | None = None
-    for batch in batches:
-        for candidate in candidates:
-            last = _try(model, candidate, batch)
-            if last is None:
-                return _example(model, candidate, batch)
-    wanted = f"shape {list(shape)}" if shape is not None else "any of the inputs"
-    words = [_describe(candidate, batches[0]) for candidate in candidates[:3]]
+    candidates = list(_of_shape(model, shape) if shape else _candidates(model))
+    batches = [shape[0]] if shape else [2, 1]
+    errors: list[Exception] = []
+    for batch, candidate in product(batches, candidates):
+        error = _run(model, candidate, batch, fake=True)
+        if isinstance(error, _NEEDS_VALUES):
+            error = _run(model, candidate, batch, fake=False)
+        if error is None:
+            return _example(model, candidate, batch)
+        errors.append(error)
+    # The first candidate has the best evidence, so its error tells the most.
+    lines = str(errors[0]).strip().splitlines() or [""]
     raise CannotTrace(
-        f"{type(model).__name__}: its forward did not run with {wanted} that were tried "
-        f"({len(candidates) * len(batches)} candidates: {'; '.join(words)}, ...); the last said: "
-        f"{_first_line(last)}. Pass example_inputs= (on the command line --input-shape)."
+        f"{type(model).__name__}: its forward ran with none of {len(errors)} inputs that were "
+        f"tried; with {_describe(candidates[0], batches[0])}: {type(errors[0]).__name__}: "
+        f"{lines[0][:200]}. Pass example_inputs= (on the command line --input-shape)."
     )
 
 
 def _candidates(model: nn.Module) -> Iterator[_Candidate]:
     """All candidates, the best evidence first, each once."""
     seen = set()
-    layers = list(_from_layers(model))
-    for found in chain(_from_config(model), _from_pretrained_cfg(model), layers, _guesses(layers)):
+    sizes = product((3, 1), _IMAGE_SIZES)  # for a linear layer on unfolded patches
+    guesses = (_Candidate("a guess", (_Spec("image", (c, s, s)),)) for c, s in sizes)
+    sources = (_from_config(model), _from_pretrained_cfg(model), _from_layers(model), guesses)
+    for found in chain(*sources):
         candidate = found if found.kwargs else replace(found, args=found.args * _arity(model))
         key = (candidate.args, tuple(candidate.kwargs.items()))
         if key not in seen:
@@ -149,14 +132,13 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
             yield candidate
 
 
-def _of_shape(model: nn.Module, shape: tuple[int, ...]) -> Iterator[_Candidate]:
+def _of_shape(model: nn.Module, shape: Sequence[int]) -> Iterator[_Candidate]:
     """One tensor of a given shape: token ids or floats, what suits the first layer first."""
-    ids = replace(next(_tokens(model)), shape=shape)
-    specs = [ids, _Spec("tensor", shape)]
+    rest = tuple(shape[1:])
+    specs = [replace(next(_tokens(model)), shape=rest), _Spec("tensor", rest)]
     if not isinstance(next(_layers(model), None), nn.Embedding):
         specs.reverse()
-    for spec in specs:
-        yield _Candidate("the given shape", (spec,) * _arity(model))
+    yield from (_Candidate("the given shape", (spec,) * _arity(model)) for spec in specs)
 
 
 def _from_pretrained_cfg(model: nn.Module) -> Iterator[_Candidate]:
@@ -165,9 +147,7 @@ def _from_pretrained_cfg(model: nn.Module) -> Iterator[_Candidate]:
         cfg = getattr(module, name, None)
         size = cfg.get("input_size") if isinstance(cfg, Mapping) else None
         if isinstance(size, (tuple, list)) and len(size) == 3:
-            first = next(_layers(model), None)
-            for channels in (size[0], _width(first) if first else size[0]):
-                yield _Candidate(name, (_Spec("image", (channels, *size[1:])),))
+            yield _Candidate(name, (_Spec("image", tuple(size)),))
             return
 
 
@@ -177,74 +157,53 @@ def _from_config(model: nn.Module) -> Iterator[_Candidate]:
     if not isinstance(main, str) or getattr(model, "config", None) is None:
         return
     names = inspect.signature(model.forward).parameters
-    others = {
-        name: next(_named(model, name))
-        for name in ("decoder_input_ids", "input_ids", "pixel_values")
-        if name in names and name != main
-    }
+    extras = [n for n in ("decoder_input_ids", "input_ids", "pixel_values") if n in names]
+    others = {name: next(_named(model, name)) for name in extras if name != main}
     decoder = {name: spec for name, spec in others.items() if name == "decoder_input_ids"}
     # Most want the main input, encoder-decoders the decoder's ids too, dual encoders all.
-    for extra, spec in product((decoder, others, {}), list(_named(model, main))):
+    for spec, extra in product(_named(model, main), (decoder, others, {})):
         yield _Candidate("config", (), {main: spec, **extra})
 
 
 def _named(model: nn.Module, name: str) -> Iterator[_Spec]:
     """Tensors that an input called `name` may want."""
-    if "ids" in name:
-        yield from _tokens(model)
-    elif "pixel" in name or "image" in name:
-        yield from _pixels(model)
-    elif "values" in name or "features" in name:
-        yield from _sounds(model)
-    yield from (spec for candidate in _from_layers(model) for spec in candidate.args)
+    words = {"ids": _tokens, "pixel": _pixels, "values": _sounds, "features": _sounds}
+    found = (maker(model) for word, maker in words.items() if word in name)
+    layers = (spec for candidate in _from_layers(model) for spec in candidate.args)
+    return chain(*found, layers)
 
 
 def _from_layers(model: nn.Module) -> Iterator[_Candidate]:
     """Inputs that suit the first layers with parameters, one of each kind, in order."""
-    seen: set[str] = set()
     names = {id(module): name for name, module in model.named_modules()}
+    firsts: dict[str, nn.Module] = {}
     for layer in _layers(model):
-        kind = _kind(layer)
-        if kind not in seen:
-            seen.add(kind)
-            source = f"{names[id(layer)] or 'the model'} ({type(layer).__name__})"
-            yield from (_Candidate(source, (spec,)) for spec in _of_kind(model, layer, kind))
-
-
-def _guesses(layers: list[_Candidate]) -> Iterator[_Candidate]:
-    """Images, for models whose layers gave none (a linear layer on unfolded patches)."""
-    if not any(candidate.args[0].kind == "image" for candidate in layers):
-        for channels, size in product((3, 1), _IMAGE_SIZES):
-            yield _Candidate("a guess", (_Spec("image", (channels, size, size)),))
+        firsts.setdefault(_kind(layer), layer)
+    for kind, layer in firsts.items():
+        source = f"{names[id(layer)] or 'the model'} ({type(layer).__name__})"
+        yield from (_Candidate(source, (spec,)) for spec in _of_kind(model, layer, kind))
 
 
 def _kind(layer: nn.Module) -> str:
     """What a first layer takes."""
-    if isinstance(layer, nn.Embedding):
-        return "token ids"
     kernel = getattr(layer, "kernel_size", None)
     if isinstance(kernel, tuple) and 1 <= len(kernel) <= 3:
         return ("sequence", "image", "video")[len(kernel) - 1]
-    if isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm)):
-        return "image"
-    return "video" if isinstance(layer, nn.BatchNorm3d) else "features"
+    return "token ids" if isinstance(layer, nn.Embedding) else "features"
 
 
 def _of_kind(model: nn.Module, layer: nn.Module, kind: str) -> Iterator[_Spec]:
     width = _width(layer)
     if kind == "token ids":
-        yield from _tokens(model)
-    elif kind == "image":
-        yield from _pixels(model, width)
-    elif kind == "video":
-        yield from (_Spec(kind, (width, frames, size, size)) for frames, size in _CLIPS)
-    elif kind == "sequence":
-        yield from (_Spec(kind, (width, length)) for length in (64, *_LENGTHS[2:], 4000, 16000))
-        yield _Spec(kind, (64, width))
-    else:
-        lengths = (16, *_table_lengths(model, width))
-        yield from (_Spec(kind, (length, width)) for length in lengths)
-        yield _Spec(kind, (width,))
+        return _tokens(model)
+    if kind == "image":
+        return _pixels(model, width)
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "video": [(width, frames, size, size) for frames, size in _CLIPS],
+        "sequence": [*((width, n) for n in (64, 128, 8, 512, 4000, 16000)), (64, width)],
+        "features": [*((n, width) for n in (16, *_table_lengths(model, width))), (width,)],
+    }
+    return (_Spec(kind, shape) for shape in shapes[kind])
 
 
 def _tokens(model: nn.Module) -> Iterator[_Spec]:
@@ -258,8 +217,11 @@ def _tokens(model: nn.Module) -> Iterator[_Spec]:
     longest = said or min((n for n in rows[1:] if n > 3), default=max(_LENGTHS))
     exact = _table_lengths(model, tables[0].embedding_dim) if tables else []
     rest = [length for length in _LENGTHS if length <= longest]
+    # Ids with a meaning (padding, image places) are not to be drawn at random.
+    named = getattr(config, "__dict__", {}).items()
+    reserved = frozenset(v for k, v in named if k.endswith("_token_id") and isinstance(v, int))
     for length in (min(16, max(longest // 2, 1)), *exact, *rest, longest):
-        yield _Spec("token ids", (length,), vocab, _reserved(config))
+        yield _Spec("token ids", (length,), vocab, reserved)
 
 
 def _pixels(model: nn.Module, channels: int = 0) -> Iterator[_Spec]:
@@ -267,9 +229,9 @@ def _pixels(model: nn.Module, channels: int = 0) -> Iterator[_Spec]:
     channels = _int(_setting(config, "num_channels", "in_channels", "in_chans")) or channels
     channels = channels or next((_width(m) for m in _layers(model) if _kind(m) == "image"), 3)
     frames = _int(_setting(config, "num_frames", "frames_per_clip"))
-    said = _pair(_setting(config, "image_size", "img_size", "crop_size"))
-    found = (_pair(_setting(m, "image_size", "img_size")) for m in model.modules())
-    said = said or next(filter(None, found), None)
+    sayers = (config, *model.modules())
+    found = (_pair(_setting(sayer, "image_size", "img_size", "crop_size")) for sayer in sayers)
+    said = next(filter(None, found), None)
     for height, width in ([said] if said else []) + [(size, size) for size in _IMAGE_SIZES]:
         if frames:
             yield _Spec("video", (frames, channels, height, width))
@@ -279,19 +241,19 @@ def _pixels(model: nn.Module, channels: int = 0) -> Iterator[_Spec]:
 def _sounds(model: nn.Module) -> Iterator[_Spec]:
     config = getattr(model, "config", None)
     mels = _int(_setting(config, "num_mel_bins", "feature_size", "input_feat_per_channel"))
-    positions = _int(_setting(config, "max_source_positions"))
-    if mels and positions:
-        yield _Spec("spectrogram", (mels, 2 * positions))
-    if mels:
-        yield _Spec("spectrogram", (_int(_setting(config, "max_length")) or 128, mels))
-    yield _Spec("waveform", (16000,))
-    yield _Spec("waveform", (1, 16000))
+    frames = 2 * _int(_setting(config, "max_source_positions"))
+    longest = _int(_setting(config, "max_length")) or 128
+    for shape in ((mels, frames), (longest, mels)):
+        if all(shape):
+            yield _Spec("spectrogram", shape)
+    yield from (_Spec("waveform", shape) for shape in ((16000,), (1, 16000)))
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules that own parameters and say how wide their input is."""
+    """Layers with parameters that say how wide their input is."""
     for module in model.modules():
-        owns = next(module.parameters(recurse=False), None) is not None
+        layer = isinstance(module, nn.MultiheadAttention) or not any(module.children())
+        owns = layer and any(True for _ in module.parameters(recurse=False))
         if owns and (_width(module) or isinstance(module, nn.Embedding)):
             yield module
 
@@ -323,17 +285,10 @@ def _setting(config: Any, *names: str) -> Any:
     return next((value for value in found if value is not None), None)
 
 
-def _reserved(config: Any) -> frozenset[int]:
-    """Token ids with a meaning (padding, image places): not to be drawn at random."""
-    values = getattr(config, "__dict__", {}).items()
-    return frozenset(v for k, v in values if k.endswith("_token_id") and isinstance(v, int))
-
-
 def _arity(model: nn.Module) -> int:
     """How many positional arguments `forward` cannot do without, at least 1."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(model.forward).parameters.values()
-    return max(1, sum(p.kind in kinds and p.default is p.empty for p in parameters))
+    given = inspect.signature(model.forward).parameters.values()
+    return max(1, sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in given))
 
 
 def _int(value: Any) -> int:
@@ -342,32 +297,26 @@ def _int(value: Any) -> int:
 
 def _pair(value: Any) -> tuple[int, int] | None:
     """A size as (height, width), from a number or from the last two of a sequence."""
-    if _int(value):
-        return value, value
-    if isinstance(value, (tuple, list)) and len(value) >= 2 and all(map(_int, value)):
-        return value[-2], value[-1]
+    sides = (value, value) if _int(value) else value
+    if isinstance(sides, (tuple, list)) and len(sides) >= 2 and all(map(_int, sides)):
+        return sides[-2], sides[-1]
     return None
-
-
-def _try(model: nn.Module, candidate: _Candidate, batch: int) -> Exception | None:
-    """Run the forward on fake tensors, or on real ones where it asks for values."""
-    error = _run(model, candidate, batch, fake=True)
-    if isinstance(error, _NEEDS_VALUES) and _place(model)[0].type != "meta":
-        return _run(model, candidate, batch, fake=False)
-    return error
 
 
 def _run(model: nn.Module, candidate: _Candidate, batch: int, *, fake: bool) -> Exception | None:
     """What the forward raised with this candidate; nothing is left behind."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    mode = fakes.FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     with isolated(model, values=not fake), training_mode(model, False), mode, torch.no_grad():
         example = _example(model, candidate, batch, empty=fake)
+        level = _LOGGER.level
+        _LOGGER.setLevel(logging.CRITICAL)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(action="ignore"):
                 model(*example.args, **example.kwargs)
         except Exception as error:
             return error.with_traceback(None)
+        finally:
+            _LOGGER.setLevel(level)
     return None
 
 
@@ -375,8 +324,10 @@ def _example(
     model: nn.Module, candidate: _Candidate, batch: int, *, empty: bool = False
 ) -> Example:
     """The tensors of a candidate: random by a generator of our own, or without values."""
-    device, dtype = _place(model)
-    generator = torch.Generator().manual_seed(_SEED)
+    parameters = [*model.parameters(), torch.empty(0)]
+    device = parameters[0].device
+    dtype = next(p.dtype for p in parameters if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
 
     def tensor(spec: _Spec) -> Tensor:
         shape = (batch, *spec.shape)
@@ -388,27 +339,12 @@ def _example(
         drawn = torch.randint(len(free), shape, generator=generator)
         return torch.tensor(free)[drawn].to(device)
 
-    args = tuple(tensor(spec) for spec in candidate.args)
     kwargs = {name: tensor(spec) for name, spec in candidate.kwargs.items()}
-    return Example(args, kwargs, _describe(candidate, batch))
-
-
-def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device of the first parameter and dtype of the first floating one."""
-    parameters = list(model.parameters())
-    device = parameters[0].device if parameters else torch.device("cpu")
-    dtypes = (p.dtype for p in parameters if p.is_floating_point())
-    return device, next(dtypes, torch.get_default_dtype())
+    return Example(tuple(map(tensor, candidate.args)), kwargs, _describe(candidate, batch))
 
 
 def _describe(candidate: _Candidate, batch: int) -> str:
     """Such as "image [2, 3, 224, 224], from pretrained_cfg"."""
-    specs = [("", spec) for spec in candidate.args]
-    specs += [(f"{name} = ", spec) for name, spec in candidate.kwargs.items()]
-    words = [f"{name}{spec.kind} {[batch, *spec.shape]}" for name, spec in specs]
+    named = [*(("", spec) for spec in candidate.args), *candidate.kwargs.items()]
+    words = [f"{name} {spec.kind} {[batch, *spec.shape]}".strip() for name, spec in named]
     return f"{', '.join(words)}, from {candidate.source}"
-
-
-def _first_line(error: Exception | None) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

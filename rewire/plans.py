@@ -28,6 +28,7 @@ class Residual:
         trunk: What stands on the trunk before this module: "identity", "view", "activation".
         entry: Where the skip comes from: "fork" (the module starts its chain), "home" (a sum
             in the same home) or "outside" (handed to the home, or a child home's result).
+        head: An activation in the home leads from the previous sum (or the fork) to the skip.
         tail: An activation follows the sum before its home returns.
         branch: Names, relative to the home, of the modules the branch calls.
     """
@@ -41,6 +42,7 @@ class Residual:
     adds: int = 1
     trunk: str = "identity"
     entry: str = "outside"
+    head: bool = False
     tail: bool = False
     branch: tuple[str, ...] = ()
 

@@ -1,0 +1,153 @@
+"""Planning: which residual modules of a model will be rewired, decided before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from rewire.chaining import draft_chains, matches
+from rewire.errors import CannotTrace
+from rewire.extraction import Program, extract
+from rewire.inputs import as_example, example_for
+from rewire.isolation import training_mode
+from rewire.plans import Chain, Plan, Residual, Skipped
+from rewire.residuals import find_residuals
+from rewire.tracing import trace_home
+from rewire.watching import Watched, watch
+
+TRUNKS = ("identity", "inside")
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    trunk: str = "identity",
+    include: Sequence[str] | str = (),
+    exclude: Sequence[str] | str = (),
+) -> Plan:
+    """Find the reversible chains of a model; nothing is changed.
+
+    One run on fake tensors is watched, residual adds are found by dominance in its dataflow
+    graph, and each module that owns one is traced by itself, in eval and in train mode.
+
+    Args:
+        model: Any module. Its training flags, buffers, hooks and gradients stay as they are, and
+            so do the random generators.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword
+            arguments. May be left out for models that take an image, a video, or token ids.
+            Nothing of it (batch, size, dtype, device) is burned in.
+        trunk: What happens to an activation after an add: "identity" keeps the function of each
+            module exactly, "inside" moves it into the branch (Re2TAL's form for ResNets).
+        include: Globs of qualified names of residual modules or modules above them; others are
+            left alone.
+        exclude: Globs of those to be left alone.
+
+    Raises:
+        CannotTrace: The model does not run on the example, or no example was found.
+
+    Example:
+        >>> import torchvision, rewire
+        >>> [len(chain) for chain in rewire.plan(torchvision.models.resnet50()).chains]
+        [2, 3, 5, 2]
+    """
+    if trunk not in TRUNKS:
+        raise ValueError(f"trunk={trunk!r}; choose one of {', '.join(map(repr, TRUNKS))}.")
+    example = example_for(model) if example_inputs is None else as_example(example_inputs)
+    include, exclude = _globs(include), _globs(exclude)
+    watched = watch(model, example.args, example.kwargs)
+    found, skipped = find_residuals(watched)
+    refused: dict[str, str] = {}
+
+    def keep(residual: Residual) -> Skipped | None:
+        out = matches(residual.name, exclude) or matches(residual.home, exclude)
+        chosen = not include or matches(residual.name, include) or matches(residual.home, include)
+        if out or not chosen:
+            return Skipped(residual.name, residual.where, "excluded", "left out on request")
+        if residual.home in refused:
+            detail = refused[residual.home]
+            return Skipped(residual.name, residual.where, "cannot trace", detail)
+        return None
+
+    while True:
+        chains, left = draft_chains(watched, found, keep, trunk)
+        failures = _failures(model, watched, chains)
+        if not failures:
+            break
+        refused.update(failures)
+    return Plan(
+        model=type(model).__qualname__,
+        chains=chains,
+        skipped=[*left, *dict.fromkeys(skipped)],
+        inputs=example.description,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _globs(value: Sequence[str] | str) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def modules_by_home(chains: Sequence[Chain]) -> dict[str, list[Residual]]:
+    """The residual modules of each home, in the order of its code."""
+    homes: dict[str, dict[int, Residual]] = {}
+    for chain in chains:
+        for residual in chain:
+            homes.setdefault(residual.home, {})[residual.add] = residual
+    return {home: [rows[add] for add in sorted(rows)] for home, rows in homes.items()}
+
+
+def inner_homes(home: str, homes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names, relative to a home, of the homes among its children."""
+    prefix = f"{home}." if home else ""
+    return tuple(name[len(prefix) :] for name in homes if name != home and name.startswith(prefix))
+
+
+def trunk_of(chains: Sequence[Chain]) -> dict[str, str]:
+    """The trunk form of each home's chains."""
+    return {residual.home: chain.trunk for chain in chains for residual in chain}
+
+
+def _failures(model: nn.Module, watched: Watched, chains: Sequence[Chain]) -> dict[str, str]:
+    """Homes that cannot be traced and cut in eval or in train mode, with the reasons."""
+    homes = modules_by_home(chains)
+    trunks = trunk_of(chains)
+    first_call = {call.name: call for call in reversed(watched.calls)}
+    failures: dict[str, str] = {}
+    for home, residuals in homes.items():
+        module = model.get_submodule(home)
+        try:
+            for training in (False, True):
+                with training_mode(module, training):
+                    program_for(
+                        module,
+                        first_call[home].arguments,
+                        residuals,
+                        inner_homes(home, homes),
+                        trunks[home],
+                        watched.fake_mode,
+                    )
+        except CannotTrace as error:
+            failures[home] = f"{home or 'the model'}: {error}"
+    return failures
+
+
+def program_for(
+    home: nn.Module,
+    arguments: Any,
+    residuals: Sequence[Residual],
+    inner: Sequence[str],
+    trunk: str,
+    mode: Any,
+) -> Program:
+    """Trace a home and cut it at its residual adds.
+
+    Raises:
+        CannotTrace: With the reason.
+    """
+    if "forward" in vars(home):
+        raise CannotTrace("its forward is replaced on the instance")
+    trace = trace_home(home, type(home).forward, arguments, residuals[0].inlined, mode)
+    return extract(trace, residuals, inner, trunk)

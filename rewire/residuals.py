@@ -1,0 +1,292 @@
+"""Finding residual adds in a dataflow graph, by dominance.
+
+An add y = t + F(t) is residual where one operand leads back, through operations that
+keep a value in its place (views, activations, scales), to a fork t from which every
+other operand is computed. Nothing here looks at names or classes of modules.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import networkx as nx
+
+from rewire.plans import Skipped
+from rewire.watching import ADDITIONS, Op, Watched
+
+_ACTIVATIONS = frozenset(
+    """relu relu6 gelu silu sigmoid tanh elu celu selu mish softplus softsign hardtanh
+    hardswish hardsigmoid hardshrink softshrink tanhshrink logsigmoid leaky_relu prelu rrelu
+    threshold clamp clamp_min clamp_max""".split()
+)
+_SCALES = frozenset(("mul", "__mul__", "__rmul__", "div", "true_divide", "__truediv__", "neg"))
+_SHIFTS = ADDITIONS | {"sub", "__sub__"}
+_COPIES = frozenset(("contiguous", "clone"))
+_NORMS = frozenset(("layer_norm", "batch_norm", "group_norm", "rms_norm", "instance_norm"))
+Terms = list[tuple[tuple[int, ...], int]]  # (operand at each level of a sum, node)
+
+
+@dataclass
+class Found:
+    """A residual add.
+
+    Attributes:
+        add: Its node: the value of the sum.
+        adds: Nodes of all adds of the sum (more than one where it has several terms).
+        skip: Which operand is the skip, at each level of the sum.
+        skip_node: The node of that operand.
+        fork: The node from which the branch starts.
+        branch: Nodes of the branch.
+        home: Number of the lowest module call that holds fork, branch and add.
+        previous: The residual add whose sum is the skip, if any.
+        trunk: Nodes between that sum (or the fork) and the skip operand, in order.
+        stop: Node at which the way back along the trunk ended without a residual sum.
+    """
+
+    add: int
+    adds: tuple[int, ...]
+    skip: tuple[int, ...]
+    skip_node: int
+    fork: int
+    branch: frozenset[int]
+    home: int
+    previous: Found | None = None
+    trunk: tuple[int, ...] = ()
+    stop: int | None = None
+    followers: list[Found] = field(default_factory=list)
+
+
+def find_residuals(watched: Watched) -> tuple[list[Found], list[Skipped]]:
+    """All residual adds of a run, in order, and every other add with the reason."""
+    found: list[Found] = []
+    skipped: list[Skipped] = []
+    by_sum: dict[int, Found] = {}
+    tops, inner = _sums(watched)
+    for add in tops:
+        terms = list(_terms(watched, add, inner))
+        result = _classify(watched, add, terms, found)
+        if isinstance(result, Skipped):
+            skipped.append(result)
+            continue
+        _follow_trunk(watched, result, by_sum)
+        found.append(result)
+        by_sum[add] = result
+    return found, skipped
+
+
+# ---- sums --------------------------------------------------------------------------------
+
+
+def is_addition(op: Op, ops: list[Op]) -> bool:
+    """Whether an operation adds two floating tensors (and nothing more)."""
+    if op.name not in ADDITIONS or not op.line or not op.floating:
+        return False
+    operands = [node for node in op.operands if node is not None]
+    return len(operands) == 2 and all(ops[node].floating for node in operands)
+
+
+def _sums(watched: Watched) -> tuple[list[int], set[int]]:
+    """The adds that are whole sums, and those that are parts of a larger one."""
+    ops, graph = watched.ops, watched.graph
+    adds = [node for node, op in enumerate(ops) if is_addition(op, ops)]
+    known = set(adds)
+    inner = {
+        node
+        for node in adds
+        if graph.out_degree(node) == 1
+        and (user := next(iter(graph.successors(node)))) in known
+        and ops[user].scope == ops[node].scope
+        and ops[user].shape == ops[node].shape
+    }
+    return [node for node in adds if node not in inner], inner
+
+
+def _terms(
+    watched: Watched, add: int, inner: set[int], path: tuple[int, ...] = ()
+) -> Iterator[tuple[tuple[int, ...], int]]:
+    operands = [node for node in watched.ops[add].operands if node is not None]
+    for side, node in enumerate(operands):
+        here = (*path, side)
+        if node in inner:
+            yield from _terms(watched, node, inner, here)
+        else:
+            yield here, node
+
+
+def _adds_of(watched: Watched, add: int, terms: Terms) -> tuple[int, ...]:
+    """All adds of a sum: those on the way to any of its terms."""
+    found = {add}
+    for path, _ in terms:
+        node = add
+        for side in path[:-1]:
+            node = [n for n in watched.ops[node].operands if n is not None][side]
+            found.add(node)
+    return tuple(sorted(found))
+
+
+# ---- what is residual --------------------------------------------------------------------
+
+
+def _classify(watched: Watched, add: int, terms: Terms, found: list[Found]) -> Found | Skipped:
+    ops = watched.ops
+    nodes = [node for _, node in terms]
+    if len(set(nodes)) < len(nodes):
+        return _left(watched, add, "x + x", "a value is added to itself")
+    adds = _adds_of(watched, add, terms)
+    for path, node in terms:
+        others = [other for other in nodes if other != node]
+        fork, branch = _fork(watched, node, others)
+        if fork is None:
+            continue
+        if ops[node].shape != ops[add].shape:
+            detail = f"the sum is {list(ops[add].shape)}, the skip {list(ops[node].shape)}"
+            return _left(watched, add, "shape", detail)
+        inside = _foreign(branch, fork, found)
+        if inside is not None:
+            detail = f"its branch holds the trunk that ends at {watched.module(inside.add)}"
+            return _left(watched, add, "spans a trunk", detail)
+        between = _walk(watched, node, fork)
+        home = _home(watched, {*branch, *between, *adds})
+        return Found(add, adds, path, node, fork, branch, home, trunk=tuple(between))
+    return _no_skip(watched, add, nodes)
+
+
+def _fork(watched: Watched, node: int, others: list[int]) -> tuple[int | None, frozenset[int]]:
+    """The nearest node behind `node` from which the other terms are computed, and how."""
+    for fork in (node, *_trunk(watched, node)):
+        branch = _between(watched.graph, fork, others)
+        if any(_kind(watched.ops, n) not in ("view", "elementwise") for n in branch):
+            return fork, branch
+        if branch:
+            return None, frozenset()
+    return None, frozenset()
+
+
+def _between(graph: nx.DiGraph, fork: int, ends: list[int]) -> frozenset[int]:
+    """Nodes on the ways from `fork` to `ends` (numbers are a topological order)."""
+    behind: set[int] = set()
+    todo = [end for end in ends if end > fork]
+    while todo:
+        node = todo.pop()
+        if node not in behind:
+            behind.add(node)
+            todo.extend(p for p in graph.predecessors(node) if p > fork)
+    ahead = {fork}
+    for node in sorted(behind):
+        if any(p in ahead for p in graph.predecessors(node)):
+            ahead.add(node)
+    return frozenset(ahead - {fork})
+
+
+def _foreign(branch: frozenset[int], fork: int, found: list[Found]) -> Found | None:
+    """A residual add inside the branch whose own skip comes from elsewhere."""
+    for other in reversed(found):
+        if other.add <= fork:
+            return None
+        if other.add in branch and other.fork != fork and other.fork not in branch:
+            return other
+    return None
+
+
+def _home(watched: Watched, nodes: set[int]) -> int:
+    """The lowest module call that all of the nodes are inside of."""
+    return os.path.commonprefix([watched.path(node) for node in nodes])[-1]  # type: ignore[type-var]
+
+
+def _no_skip(watched: Watched, add: int, nodes: list[int]) -> Skipped:
+    """Why no operand of an add is a skip."""
+    graph = watched.graph
+    sources = [_from_inputs(watched, node) for node in nodes]
+    if not all(sources):
+        return _left(
+            watched,
+            add,
+            "constant",
+            "an operand does not come from the model's input (bias, position embedding, mask)",
+        )
+    common = set.intersection(*(nx.ancestors(graph, node) | {node} for node in nodes))
+    common = {node for node in common if _from_inputs(watched, node)}
+    if not common:
+        return _left(watched, add, "unrelated", "its operands have nothing in common")
+    fork = max(common)
+    home = watched.calls[_home(watched, {add, *_between(graph, fork, nodes)})].name
+    where = f"both operands are computed, from {watched.module(fork) or 'the input'} on"
+    kind = "projection" if home else "lateral"
+    return _left(watched, add, kind, f"{where}: no operand is a skip")
+
+
+def _from_inputs(watched: Watched, node: int) -> bool:
+    """Whether a value depends on the model's inputs (cached on the graph)."""
+    cache: dict[int, bool] = watched.graph.graph.setdefault("from_inputs", {})
+    if not cache:
+        for number, op in enumerate(watched.ops):
+            operands = [n for n in op.operands if n is not None]
+            own = op.name == "input" and not op.constant
+            cache[number] = own or any(cache[n] for n in operands)
+    return cache[node]
+
+
+def _left(watched: Watched, add: int, reason: str, detail: str) -> Skipped:
+    return Skipped(watched.module(add), watched.ops[add].line, reason, detail)
+
+
+# ---- the trunk ---------------------------------------------------------------------------
+
+
+def _trunk(watched: Watched, node: int) -> Iterator[int]:
+    """Walk back from a value through operations that keep it in its place."""
+    while _kind(watched.ops, node) in ("view", "elementwise"):
+        node = trunk_operand(watched.ops, node)
+        yield node
+
+
+def _walk(watched: Watched, node: int, end: int) -> list[int]:
+    """The operations after `end` up to and with `node`, in order."""
+    way: list[int] = []
+    while node != end:
+        way.append(node)
+        node = trunk_operand(watched.ops, node)
+    return way[::-1]
+
+
+def _follow_trunk(watched: Watched, found: Found, by_sum: dict[int, Found]) -> None:
+    """Find the residual sum that the skip is, and what stands between."""
+    node = found.skip_node
+    for node in (found.skip_node, *_trunk(watched, found.skip_node)):
+        if node in by_sum:
+            found.previous = by_sum[node]
+            found.trunk = tuple(_walk(watched, found.skip_node, node))
+            by_sum[node].followers.append(found)
+            return
+    found.stop = node
+
+
+def trunk_kind(watched: Watched, node: int) -> str:
+    """What an operation does to a trunk: "view", "elementwise", "norm" or "other"."""
+    return _kind(watched.ops, node)
+
+
+def trunk_operand(ops: list[Op], node: int) -> int:
+    """The operand that carries the trunk: the one that is no parameter."""
+    operands = [n for n in ops[node].operands if n is not None]
+    return next((n for n in operands if not ops[n].constant), operands[0])
+
+
+def _kind(ops: list[Op], node: int) -> str:
+    op = ops[node]
+    operands = [n for n in op.operands if n is not None]
+    values = [n for n in operands if not ops[n].constant]
+    name = op.name if op.name.startswith("__") else op.name.rstrip("_")
+    if name in _NORMS:
+        return "norm"
+    if len(values) != 1:
+        return "other"
+    if op.view:
+        return "view"
+    if ops[values[0]].shape != op.shape or not op.floating or not ops[values[0]].floating:
+        return "other"
+    scale = name in _SCALES and all(ops[n].name == "input" for n in operands if n != values[0])
+    shift = name in _SHIFTS and len(operands) == 1
+    return "elementwise" if scale or shift or name in _ACTIVATIONS | _COPIES else "other"

@@ -1,0 +1,526 @@
+"""Tracing the one module that owns a residual add, with torch.fx and value-carrying proxies.
+
+Every proxy knows the value it had in one run on fake tensors (its hint). Python decisions
+are taken from the hint and recorded as guards, so a trace is good for every input that
+would decide alike. Children are leaves: called, never looked into.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from rewire.errors import CannotTrace
+from rewire.isolation import isolated
+from rewire.replay import autocast_state
+from rewire.structure import Container, Leaf, Spec, flatten, tensors_of, unflatten
+from rewire.watching import ADDITIONS, as_fake, watched_calls
+
+# Functions without tensor arguments, which torch would not hand to a proxy.
+_FACTORIES = """arange empty eye full linspace ones rand randint randn tensor zeros
+    finfo iinfo""".split()
+_TRACING = threading.Lock()  # fx graphs are built under patches of torch's own names
+
+
+@dataclass
+class Trace:
+    """What tracing a home gave.
+
+    Attributes:
+        graph: Its torch calls, children as `call_module`.
+        hints: The value of each node in the traced run.
+        inputs: The placeholders, one for each leaf of the arguments.
+        outputs: A node or constant for each leaf of the result.
+        result: Structure of the result.
+        guards: Nodes whose values decided something, with the values.
+        constants: Placeholders that stand for objects the code reads, with the objects.
+        mutations: For each node, the tensors (storages) it changes in place.
+        adds: Nodes that add two floating tensors, in order.
+    """
+
+    graph: fx.Graph
+    hints: dict[fx.Node, Any] = field(default_factory=dict)
+    inputs: list[fx.Node] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    result: Spec = None
+    guards: list[tuple[fx.Node, Any]] = field(default_factory=list)
+    constants: dict[fx.Node, Any] = field(default_factory=dict)
+    mutations: dict[fx.Node, set[int]] = field(default_factory=dict)
+    adds: list[fx.Node] = field(default_factory=list)
+
+
+def trace_home(
+    home: nn.Module,
+    forward: Callable[..., Any],
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
+    inlined: Sequence[str],
+    mode: FakeTensorMode | None,
+) -> Trace:
+    """Trace `forward` of a home on one call's arguments.
+
+    Args:
+        home: The module.
+        forward: Its forward as its author wrote it, unbound.
+        arguments: (args, kwargs) of a call, real or fake.
+        inlined: Names, relative to the home, of children to look into.
+        mode: Run on fake tensors of this mode; None: on the real ones.
+
+    Raises:
+        CannotTrace: With the reason.
+    """
+    leaves, spec = flatten(arguments)
+    with ExitStack() as stack:
+        stack.enter_context(_TRACING)
+        stack.enter_context(isolated(home, values=mode is None))
+        if mode is not None:
+            leaves = [as_fake(mode, leaf) for leaf in leaves]
+            stack.enter_context(mode)
+        stack.enter_context(torch.enable_grad())
+        tracer = _Tracer(home, {home.get_submodule(name) for name in inlined} | {home})
+        stack.enter_context(tracer.patches())
+        try:
+            return tracer.run(forward, leaves, spec)
+        except CannotTrace:
+            raise
+        except Exception as error:
+            text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise CannotTrace(f"its forward cannot be traced ({text})") from error
+
+
+class _Tracer(fx.proxy.TracerBase):
+    """Builds a `Trace`."""
+
+    def __init__(self, home: nn.Module, inlined: set[nn.Module]) -> None:
+        super().__init__()
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.trace = Trace(self.graph)
+        self.home = home
+        self.evaluating = False
+        self._inlined = {id(module) for module in inlined}
+        self._names = {id(module): name for name, module in home.named_modules()}
+        self._attributes = dict(_tensor_attributes(home))
+        self._attribute_proxies: dict[int, HintProxy] = {}
+        self._proxies: list[HintProxy] = []
+        self._objects: dict[int, fx.Node] = {}
+        self._surroundings = self._state()
+
+    # ---- the run -------------------------------------------------------------------------
+
+    def run(self, forward: Callable[..., Any], leaves: list[Any], spec: Spec) -> Trace:
+        """Call `forward` with proxies and collect what it does."""
+        trace = self.trace
+        for number, leaf in enumerate(leaves):
+            node = self.graph.placeholder(f"input_{number}")
+            trace.hints[node] = leaf
+            trace.inputs.append(node)
+        args, kwargs = unflatten(spec, [HintProxy(node, self) for node in trace.inputs])
+        drawn = random.getstate(), numpy.random.get_state()[1].tobytes()  # type: ignore[union-attr]
+        attributes = {id(m): dict(vars(m)) for m in self._inlined_modules()}
+        result = forward(self.home, *args, **kwargs)
+        with self.plainly():
+            self._refuse_side_effects(spec, (args, kwargs), drawn, attributes)
+            outputs, trace.result = flatten(result)
+            _refuse_proxies(trace.result)
+            trace.outputs = [self.create_arg(output) for output in outputs]
+            trace.adds = [node for node in self.graph.nodes if self._is_addition(node)]
+        return trace
+
+    def _inlined_modules(self) -> list[nn.Module]:
+        return [module for module in self.home.modules() if id(module) in self._inlined]
+
+    def _refuse_side_effects(
+        self, spec: Spec, arguments: Any, drawn: Any, attributes: dict[int, dict[str, Any]]
+    ) -> None:
+        """What the code did besides calling torch would be lost: refuse it."""
+        if (random.getstate(), numpy.random.get_state()[1].tobytes()) != drawn:  # type: ignore[union-attr]
+            raise CannotTrace("its forward draws random numbers in Python")
+        if flatten(arguments)[1] != spec:
+            raise CannotTrace("its forward changes a list or dict among its arguments")
+        for module in self._inlined_modules():
+            before, after = attributes[id(module)], vars(module)
+            changed = [n for n in {**before, **after} if before.get(n) is not after.get(n)]
+            if changed:
+                raise CannotTrace(f"its forward sets the attribute {changed[0]!r}")
+
+    def _is_addition(self, node: fx.Node) -> bool:
+        function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
+        method = node.op == "call_method" and node.target in ADDITIONS
+        if not (function or method) or {"alpha", "out"} & set(node.kwargs):
+            return False
+        return len(tensor_operands(self.trace, node)) == 2
+
+    # ---- fx's hooks ----------------------------------------------------------------------
+
+    def create_arg(self, a: Any) -> Any:
+        """An argument as the graph holds it: nodes for proxies, tensors, modules, objects."""
+        if isinstance(a, fx.Proxy) and type(a) is HintProxy:
+            return a.node
+        if isinstance(a, Tensor):
+            return self._attribute(a).node
+        if isinstance(a, nn.Module) or not _is_plain(a):
+            return self._constant(a)
+        return super().create_arg(a)
+
+    def proxy(self, node: fx.Node) -> HintProxy:
+        """A proxy that knows its node's value."""
+        return HintProxy(node, self)
+
+    def create_proxy(  # type: ignore[override]
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *_: Any,
+        **__: Any,
+    ) -> Any:
+        """Note a call, run it on the hints, and wrap what it gives."""
+        if self._state() != self._surroundings:
+            raise CannotTrace("its forward switches gradients or autocast in its own code")
+        arguments = self.create_arg(args), self.create_arg(kwargs)
+        node = self.graph.create_node(kind, target, *arguments)
+        with self.plainly():
+            values = [self.trace.hints[source] for source in node.all_input_nodes]
+            before = [(t, t._version) for t in tensors_of(values) if not t.is_inference()]
+            self.trace.hints[node] = hint = self._evaluate(node)
+            changed = {storage_of(t) for t, version in before if t._version != version}
+            wrapped = self._wrap(node, hint, top=True)
+            if changed:
+                self._redirect(node, changed)
+        return wrapped
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        hints = self.trace.hints
+        args = _thawed(fx.node.map_arg(node.args, hints.__getitem__))
+        kwargs = _thawed(fx.node.map_arg(node.kwargs, hints.__getitem__))
+        if node.op == "call_module":
+            return self.home.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """What runs in here is not the traced code."""
+        before, self.evaluating = self.evaluating, True
+        try:
+            yield
+        finally:
+            self.evaluating = before
+
+    def _wrap(self, node: fx.Node, hint: Any, *, top: bool) -> Any:
+        """A result as the code sees it: real containers, with proxies for the leaves."""
+        if hint is None or (not top and isinstance(hint, (bool, str))):
+            return hint
+        spec = flatten(hint)[1] if type(hint) is not torch.Size else None
+        if not isinstance(spec, Container) or _is_structseq(hint):
+            return HintProxy(node, self)
+        if spec.names:
+            get = operator.getitem if isinstance(hint, dict) else getattr
+            names = [n for n in spec.names if not isinstance(hint, dict) or n in hint]
+            items = {n: self._item(get, node, get(hint, n), n) for n in names}
+            return hint.__class__(**items) if spec.type is not dict else items
+        parts = [self._item(operator.getitem, node, item, i) for i, item in enumerate(hint)]
+        return spec.type(*parts) if hasattr(spec.type, "_fields") else spec.type(parts)
+
+    def _item(self, get: Any, node: fx.Node, hint: Any, key: Any) -> Any:
+        if hint is None or isinstance(hint, (bool, str)):
+            return hint
+        item = self.graph.call_function(get, (node, key))
+        self.trace.hints[item] = hint
+        return self._wrap(item, hint, top=False)
+
+    def _redirect(self, node: fx.Node, changed: set[int]) -> None:
+        """After an operation in place, whoever holds the tensor sees the result."""
+        self.trace.mutations[node] = changed
+        for proxy in self._proxies:
+            hint = self.trace.hints[proxy.node]
+            if isinstance(hint, Tensor) and storage_of(hint) in changed and proxy.node is not node:
+                after = self.graph.call_function(after_effect, (proxy.node, node))
+                self.trace.hints[after] = hint
+                proxy.node = after
+
+    # ---- values that are no proxies -------------------------------------------------------
+
+    def _attribute(self, tensor: Tensor) -> HintProxy:
+        """The proxy of a parameter, buffer or other tensor that a module of the home holds."""
+        if id(tensor) not in self._attributes:
+            raise CannotTrace(
+                f"its forward uses a tensor {list(tensor.shape)} that is neither an argument "
+                "nor an attribute of it or its children"
+            )
+        if id(tensor) not in self._attribute_proxies:
+            node = self.graph.get_attr(self._attributes[id(tensor)])
+            self.trace.hints[node] = tensor
+            self._attribute_proxies[id(tensor)] = HintProxy(node, self)
+        return self._attribute_proxies[id(tensor)]
+
+    def _constant(self, value: Any) -> fx.Node:
+        """The placeholder of an object that the code reads: a module, a function, an enum."""
+        if id(value) not in self._objects:
+            first = next(iter(self.graph.nodes))
+            with self.graph.inserting_before(first):
+                node = self.graph.placeholder(f"constant_{len(self._objects)}")
+            self.trace.hints[node] = self.trace.constants[node] = value
+            self._objects[id(value)] = node
+        return self._objects[id(value)]
+
+    def register(self, proxy: HintProxy) -> None:
+        """Note a proxy that the code may hold."""
+        self._proxies.append(proxy)
+
+    def guard(self, node: fx.Node, value: Any) -> Any:
+        """Note a decision."""
+        self.trace.guards.append((node, value))
+        return value
+
+    @staticmethod
+    def _state() -> Any:
+        return torch.is_grad_enabled(), autocast_state("cpu"), torch.is_autocast_enabled("cuda")
+
+    # ---- patches -------------------------------------------------------------------------
+
+    @contextmanager
+    def patches(self) -> Iterator[None]:
+        """Route this thread's module calls, attributes and torch calls through the tracer."""
+        thread = threading.get_ident()
+        original = nn.Module.__getattr__
+
+        def __getattr__(module: nn.Module, name: str) -> Any:
+            value = original(module, name)
+            mine = threading.get_ident() == thread and not self.evaluating
+            known = mine and isinstance(value, Tensor) and id(value) in self._attributes
+            return self._attribute(value) if known else value
+
+        with ExitStack() as stack:
+            stack.enter_context(watched_calls(self._call))
+            stack.enter_context(mock.patch.object(nn.Module, "__getattr__", __getattr__))
+            for name in _FACTORIES:
+                factory = self._factory(getattr(torch, name), thread)
+                stack.enter_context(mock.patch.object(torch, name, factory))
+            stack.enter_context(_Capture(self))
+            yield
+
+    def _factory(self, function: Callable[..., Any], thread: int) -> Callable[..., Any]:
+        def factory(*args: Any, **kwargs: Any) -> Any:
+            if self.evaluating or threading.get_ident() != thread or not _has_proxy((args, kwargs)):
+                return function(*args, **kwargs)
+            return self.create_proxy("call_function", function, args, kwargs)
+
+        return factory
+
+    def _call(
+        self,
+        original: Callable[..., Any],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self.evaluating or id(module) in self._inlined:
+            return original(module, *args, **kwargs)
+        if id(module) not in self._names:
+            raise CannotTrace(
+                f"its forward calls a {type(module).__qualname__} that is not among its children"
+            )
+        return self.create_proxy("call_module", self._names[id(module)], args, kwargs)
+
+    def torch_call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Note a torch call from Python."""
+        if not is_tensor_method_or_property(function):
+            return self.create_proxy("call_function", function, args, kwargs)
+        if function.__name__ == "__get__":
+            return function(*args, **kwargs)
+        return self.create_proxy("call_method", function.__name__, args, kwargs)
+
+
+class HintProxy(fx.Proxy):
+    """A proxy that answers Python's questions from its hint, and has the answers guarded."""
+
+    def __init__(self, node: fx.Node, tracer: _Tracer) -> None:
+        super().__init__(node, tracer)
+        tracer.register(self)
+
+    @property
+    def hint(self) -> Any:
+        """The value in the traced run."""
+        return self.tracer.trace.hints[self.node]  # type: ignore[attr-defined]
+
+    @property
+    def __class__(self) -> Any:
+        """So that `isinstance` answers as for the value."""
+        return Tensor if isinstance(self.hint, Tensor) else type(self.hint)
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError("a proxy keeps its class")
+
+    def __getattr__(self, name: str) -> Any:
+        with self.tracer.plainly():  # type: ignore[attr-defined]
+            value = getattr(self.hint, name)
+        if callable(value):
+            return _Method(self, name)
+        return self._call(getattr, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer"):
+            raise CannotTrace(f"its forward sets the attribute {name!r} of an argument or result")
+        object.__setattr__(self, name, value)
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, *args), {})
+
+    def _decide(self, function: Callable[[Any], Any]) -> Any:
+        with self.tracer.plainly():  # type: ignore[attr-defined]
+            value = function(self.hint)
+        decided = self._call(function)
+        return self.tracer.guard(decided.node, value)  # type: ignore[attr-defined]
+
+    def __bool__(self) -> bool:
+        return self._decide(bool)  # type: ignore[no-any-return]
+
+    def __len__(self) -> int:
+        return self._decide(len)  # type: ignore[no-any-return]
+
+    def __int__(self) -> int:
+        return self._decide(int)  # type: ignore[no-any-return]
+
+    def __float__(self) -> float:
+        return self._decide(float)  # type: ignore[no-any-return]
+
+    def __index__(self) -> int:
+        return self._decide(operator.index)  # type: ignore[no-any-return]
+
+    def __ceil__(self) -> Any:
+        return self._call(math.ceil)
+
+    def __floor__(self) -> Any:
+        return self._call(math.floor)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[number] for number in range(len(self))])
+
+    def __contains__(self, item: Any) -> bool:
+        return bool(self._call(operator.contains, item))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._call(operator.setitem, key, value)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class _Method:
+    """A bound method of a proxy."""
+
+    def __init__(self, proxy: HintProxy, name: str) -> None:
+        self._proxy, self._name = proxy, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        proxy = self._proxy
+        return proxy.tracer.create_proxy("call_method", self._name, (proxy, *args), kwargs)
+
+
+class _Capture(TorchFunctionMode):
+    """Hands every torch call of the traced code to the tracer."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if self._tracer.evaluating:
+            return func(*args, **(kwargs or {}))
+        return self._tracer.torch_call(func, args, kwargs or {})
+
+
+# ---- values and graphs -------------------------------------------------------------------
+
+_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+
+
+def after_effect(value: Any, effect: Any) -> Any:
+    """`value`, once `effect` has changed it in place."""
+    return value
+
+
+def tensor_operands(trace: Trace, node: fx.Node) -> list[fx.Node]:
+    """The positional operands of a node that are floating tensors, in order."""
+    operands = [*node.args, *node.kwargs.values()]
+    nodes = [operand for operand in operands if isinstance(operand, fx.Node)]
+    hints = trace.hints
+    return [n for n in nodes if isinstance(hints[n], Tensor) and hints[n].is_floating_point()]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Identity of a tensor's storage."""
+    return tensor.untyped_storage()._cdata
+
+
+def _tensor_attributes(home: nn.Module) -> Iterator[tuple[int, str]]:
+    for prefix, module in home.named_modules():
+        named = {**vars(module), **module._parameters, **module._buffers}
+        for name, value in named.items():
+            if isinstance(value, Tensor):
+                yield id(value), f"{prefix}.{name}".lstrip(".")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether generated code can spell a value out."""
+    plain = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type(...))
+    nested = (tuple, list, dict, slice, torch.layout, torch.memory_format, fx.Node, range)
+    return isinstance(value, plain + nested)
+
+
+def _has_proxy(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_has_proxy, value))
+    if type(value) is dict:
+        return any(map(_has_proxy, value.values()))
+    return type(value) is HintProxy
+
+
+def _refuse_proxies(spec: Spec) -> None:
+    if type(spec) is HintProxy:
+        raise CannotTrace("its forward returns a computed truth value")
+    if isinstance(spec, Container):
+        for item in spec.items:
+            _refuse_proxies(item)
+
+
+def _is_structseq(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(type(value), "n_fields")
+
+
+def _thawed(value: Any) -> Any:
+    """fx's immutable containers as plain ones: some functions insist."""
+    if isinstance(value, list):
+        return [_thawed(item) for item in value]
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_thawed(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _thawed(item) for key, item in value.items()}
+    return value
+
+
+__all__ = ["Leaf", "Trace", "after_effect", "storage_of", "tensor_operands", "trace_home"]

@@ -1,0 +1,342 @@
+"""Watching one run of a model: its dataflow graph, and which module call each operation is in.
+
+The run is on fake tensors, so it costs neither memory nor arithmetic, and nothing is
+traced: the model's own Python runs as always, whatever it does.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from rewire.errors import CannotTrace
+from rewire.isolation import isolated, training_mode
+from rewire.replay import structural_copy
+from rewire.structure import map_leaves, tensors_of
+
+# Functions whose result takes only shape, dtype and device from their tensor argument.
+_NO_DATAFLOW = frozenset(
+    f"{kind}{suffix}"
+    for kind in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")
+    for suffix in ("_like",)
+) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "tensor"))
+
+ADDITIONS = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
+
+
+@dataclass(slots=True)
+class Op:
+    """A torch call (or a source of tensors) in the dataflow graph.
+
+    Attributes:
+        name: Name of the torch function; "input" for tensors that no watched call made and
+            "opaque" for results of code that does not call torch from Python.
+        scope: Number of the module call it runs in.
+        operands: For each positional argument, the node of a tensor or None.
+        arguments: The other arguments, as given.
+        shape: Of the (first) result.
+        floating: Whether the result is of a floating dtype.
+        view: The result is a view of all of the first operand.
+        constant: A parameter, buffer or other tensor that does not come from the inputs.
+        line: File and line of an addition.
+    """
+
+    name: str
+    scope: int
+    operands: tuple[int | None, ...]
+    arguments: tuple[Any, ...]
+    shape: tuple[int, ...]
+    floating: bool
+    view: bool = False
+    constant: bool = False
+    line: str = ""
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        name: Qualified name of the module.
+        path: Numbers of the calls it is inside of, outermost first, itself last.
+        arguments: (args, kwargs); mutable objects are copies made before the call.
+    """
+
+    name: str
+    path: tuple[int, ...]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Watched:
+    """One run of a model.
+
+    Attributes:
+        ops: In the order in which they ran; the graph's nodes are their numbers.
+        calls: Module calls, the model's own first.
+        graph: Edges lead from operand to result.
+        results: Nodes of the tensors that the model returned.
+        fake_mode: The mode of the fake tensors, None where the run was real.
+    """
+
+    ops: list[Op] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    graph: nx.DiGraph = field(default_factory=nx.DiGraph)
+    results: set[int] = field(default_factory=set)
+    fake_mode: FakeTensorMode | None = None
+
+    def module(self, op: int) -> str:
+        """Name of the module whose code runs an operation."""
+        return self.calls[self.ops[op].scope].name
+
+    def path(self, op: int) -> tuple[int, ...]:
+        """Calls around an operation, outermost first."""
+        return self.calls[self.ops[op].scope].path
+
+
+def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Watched:
+    """Watch one run of `model` in eval mode; nothing of the model or its inputs changes.
+
+    On fake tensors, or on the real ones without gradients where the model needs values
+    (data-dependent shapes).
+
+    Raises:
+        CannotTrace: The model does not run on these inputs.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        faked = map_leaves(lambda leaf: as_fake(mode, leaf), (args, dict(kwargs)))
+        with isolated(model), training_mode(model, False), mode, torch.enable_grad():
+            watched = _record(model, *faked)
+        watched.fake_mode = mode
+        return watched
+    except Exception as fake_error:
+        copies = map_leaves(structural_copy, (args, dict(kwargs)))
+        try:
+            with isolated(model, values=True), training_mode(model, False), torch.no_grad():
+                return _record(model, *copies)
+        except Exception as error:
+            raise CannotTrace(
+                f"{type(model).__qualname__} does not run on the example inputs: "
+                f"{_first_line(error)}. Give `example_inputs=` that its forward accepts."
+            ) from fake_error
+
+
+def as_fake(mode: FakeTensorMode, leaf: Any) -> Any:
+    """A fake twin of a tensor; copies of mutable objects, with fake tensors inside."""
+    if isinstance(leaf, FakeTensor):
+        return leaf
+    if isinstance(leaf, Tensor):
+        return mode.from_tensor(leaf, static_shapes=True)
+    return structural_copy(leaf)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}"
+
+
+def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Watched:
+    recorder = _Recorder(model, (args, kwargs))
+    with watched_calls(recorder.call), recorder:
+        model(*args, **kwargs)
+    return recorder.watched
+
+
+@contextmanager
+def watched_calls(around: Callable[..., Any]) -> Iterator[None]:
+    """Have this thread's module calls go through `around(original, module, args, kwargs)`."""
+    original = nn.Module.__call__
+    thread = threading.get_ident()
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        if threading.get_ident() != thread:
+            return original(self, *args, **kwargs)
+        return around(original, self, args, kwargs)
+
+    nn.Module.__call__ = __call__  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+class _Recorder(TorchFunctionMode):
+    """Builds the dataflow graph while the model runs."""
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        super().__init__()
+        self.watched = Watched()
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._nodes: dict[int, int] = {}
+        self._versions: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # so that no id is used twice
+        self._storages: dict[int, list[Tensor]] = {}
+        self._scope: list[int] = []
+        constants = [*model.parameters(), *model.buffers()]
+        self._constants = {id(tensor) for tensor in constants}
+        self._known_inputs = {id(tensor) for tensor in tensors_of(inputs)}
+
+    # ---- module calls --------------------------------------------------------------------
+
+    def call(
+        self,
+        original: Callable[..., Any],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Note a module call around its run."""
+        calls = self.watched.calls
+        number = len(calls)
+        path = (*(calls[self._scope[-1]].path if self._scope else ()), number)
+        name = self._names.get(id(module), type(module).__qualname__)
+        arguments = map_leaves(structural_or_same, (args, kwargs))
+        calls.append(Call(name, path, arguments))
+        self._scope.append(number)
+        try:
+            result = original(module, *args, **kwargs)
+        finally:
+            self._scope.pop()
+        self._adopt(result, (args, kwargs), number)
+        if not self._scope:
+            self.watched.results = {self._node(tensor) for tensor in tensors_of(result)}
+        return result
+
+    def _adopt(self, result: Any, arguments: Any, scope: int) -> None:
+        """Results nobody saw being made (script modules, custom functions) depend on all inputs."""
+        unknown = [t for t in tensors_of(result) if self._is_unknown(t)]
+        if not unknown:
+            return
+        operands = tuple(self._node(tensor) for tensor in tensors_of(arguments))
+        for tensor in unknown:
+            self._add("opaque", scope, operands, (), tensor)
+
+    def _is_unknown(self, tensor: Tensor) -> bool:
+        key = id(tensor)
+        known = self._nodes, self._constants, self._known_inputs
+        return not any(key in place for place in known)
+
+    # ---- torch calls ---------------------------------------------------------------------
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        before = [(t, t._version) for t in tensors_of((args, kwargs)) if not t.is_inference()]
+        result = func(*args, **kwargs)
+        made = result if isinstance(result, (tuple, list)) else (result,)
+        made = [item for item in made if isinstance(item, Tensor)]
+        changed = [tensor for tensor, version in before if tensor._version != version]
+        if made or changed:
+            self._note(func, args, kwargs, made, changed)
+        return result
+
+    def _note(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        made: list[Tensor],
+        changed: list[Tensor],
+    ) -> None:
+        name = getattr(func, "__name__", str(func))
+        inputs = tensors_of((args, kwargs))
+        if not changed and all(any(t is source for source in inputs) for t in made):
+            return  # an identity: `x.to(x.dtype)`, dropout in eval mode
+        scope = self._scope[-1] if self._scope else 0
+        positional = [*args, *(kwargs[key] for key in kwargs)]
+        operands = tuple(self._node(a) if isinstance(a, Tensor) else None for a in positional)
+        operands += tuple(self._node(t) for t in inputs if not any(t is a for a in positional))
+        if name in _NO_DATAFLOW:
+            operands = ()
+        others = tuple(None if isinstance(a, Tensor) else a for a in positional)
+        for tensor in made or changed[:1]:
+            node = self._add(name, scope, operands, others, tensor)
+            self._describe(node, name, kwargs, tensor, args)
+        for tensor in changed:
+            for alias in self._storages.get(_storage(tensor), [tensor]):
+                self._nodes[id(alias)] = node
+
+    def _describe(
+        self, node: int, name: str, kwargs: Any, tensor: Tensor, args: tuple[Any, ...]
+    ) -> None:
+        op = self.watched.ops[node]
+        if name in ADDITIONS and not any(key in kwargs for key in ("alpha", "out")):
+            op.line = _line()
+        source = args[0] if args and isinstance(args[0], Tensor) else None
+        same_values = name not in ("detach", "__get__") and source is not None
+        op.view = bool(
+            same_values
+            and source is not None
+            and source.numel() == tensor.numel()
+            and source is not tensor
+            and source.dtype == tensor.dtype
+            and _storage(source) == _storage(tensor)
+        )
+
+    def _node(self, tensor: Tensor) -> int:
+        """The op that made a tensor; a new source where none did."""
+        node = self._nodes.get(id(tensor))
+        if node is None:
+            scope = self._scope[-1] if self._scope else 0
+            node = self._add("input", scope, (), (), tensor)
+            self.watched.ops[node].constant = id(tensor) not in self._known_inputs
+        return node
+
+    def _add(
+        self,
+        name: str,
+        scope: int,
+        operands: tuple[int | None, ...],
+        arguments: tuple[Any, ...],
+        tensor: Tensor,
+    ) -> int:
+        watched = self.watched
+        node = len(watched.ops)
+        shape, floating = tuple(tensor.shape), tensor.is_floating_point()
+        watched.ops.append(Op(name, scope, operands, arguments, shape, floating))
+        watched.graph.add_node(node)
+        watched.graph.add_edges_from((source, node) for source in operands if source is not None)
+        self._nodes[id(tensor)] = node
+        self._alive.append(tensor)
+        self._storages.setdefault(_storage(tensor), []).append(tensor)
+        return node
+
+
+def structural_or_same(leaf: Any) -> Any:
+    """Tensors as they are; copies of mutable objects."""
+    return leaf if isinstance(leaf, Tensor) else structural_copy(leaf)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return -id(tensor)
+
+
+def _line() -> str:
+    """File and line of the innermost frame that is neither torch's nor this module's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module != __name__ and module.partition(".")[0] != "torch":
+            break
+        frame = frame.f_back
+    path = frame.f_code.co_filename.replace("\\", "/")
+    return f"{'/'.join(path.rsplit('/', 3)[-3:])}:{frame.f_lineno}"

@@ -459,7 +459,8 @@ def _is_view(trace: Trace, node: fx.Node) -> bool:
 def _same_value(trace: Trace, node: fx.Node) -> fx.Node:
     """The node behind calls that gave their operand itself (`nn.Identity`)."""
     while node.op.startswith("call") and node not in trace.mutations:
-        sources = [n for n in node.all_input_nodes if trace.hints[n] is trace.hints[node]]
+        inputs = node.all_input_nodes[-1:] if _is_after(node) else node.all_input_nodes
+        sources = [n for n in inputs if trace.hints[n] is trace.hints[node]]
         if not sources:
             break
         node = sources[0]

@@ -20,7 +20,7 @@ _FIRST_BYTES = (
     (b"BZh", "compressed with bzip2. Unpack it first."),
     (b"7z\xbc\xaf", "compressed with 7-Zip. Unpack it first."),
 )
-_OLD_TORCH = (b"\x80\x02\x8a\nl\xfc\x9cF", b"\x80\x02\x8a\x0al\xfc\x9cF")
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF"  # the magic number of torch before 1.6
 
 
 def form_of(path: Path) -> str:
@@ -58,13 +58,16 @@ def _archive_form(path: Path) -> str:
             members = {name.partition("/")[2] or name for name in archive.namelist()}
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise BadFile(
-            f"{path}: a zip archive that ends too early ({size} bytes). "
-            "Copy or download it again."
+            f"{path}: a zip archive that ends too early ({size} bytes). Copy or download it again."
         ) from error
     if "constants.pkl" in members:
-        raise BadFile(f"{path}: a TorchScript archive: its module is compiled code. {_CLASS_AND_WEIGHTS}")
+        raise BadFile(
+            f"{path}: a TorchScript archive: its module is compiled code. {_CLASS_AND_WEIGHTS}"
+        )
     if "archive_format" in members or "serialized_exported_program.json" in members:
-        raise BadFile(f"{path}: an exported program (torch.export): a fixed graph. {_CLASS_AND_WEIGHTS}")
+        raise BadFile(
+            f"{path}: an exported program (torch.export): a fixed graph. {_CLASS_AND_WEIGHTS}"
+        )
     if "data.pkl" not in members:
         raise BadFile(f"{path}: a zip archive of something else; it has no data.pkl of torch.save.")
     return "torch"
@@ -91,9 +94,11 @@ def _text(start: bytes) -> str:
     head = start.lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html")):
         return "a web page (HTML), perhaps an error page of a download. Download the file again."
-    if b"\x00" not in start and start.decode("utf-8", "replace").isprintable() or _is_utf8(start):
+    if _is_utf8(start):
         return "a text file. Give a file of torch.save or safetensors."
-    return f"of no form known here (it begins with {start[:8].hex(' ')}). Give a file of torch.save."
+    return (
+        f"of no form known here (it begins with {start[:8].hex(' ')}). Give a file of torch.save."
+    )
 
 
 def _is_utf8(start: bytes) -> bool:

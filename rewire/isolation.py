@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,12 +16,15 @@ from torch import nn
 
 from rewire.replay import rng_states, set_rng_states
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
 
 
 @contextmanager
 def isolated(model: nn.Module, *, values: bool = False) -> Iterator[None]:
     """Undo, on leaving, whatever running `model` did to it and to the generators.
+
+    Forward hooks of its modules do not run: they may store what they see.
 
     Restored, also after an exception: attributes of every module (plain lists, dicts and
     sets one level deep), registered parameters, buffers, children and hooks, training
@@ -29,13 +33,18 @@ def isolated(model: nn.Module, *, values: bool = False) -> Iterator[None]:
 
     Args:
         model: The model that will be run.
-        values: Also restore the values of buffers. Needed where the run is real; a run on
-            fake tensors cannot change them.
+        values: Also restore the values of all buffers. Needed where the run is real; a run on
+            fake tensors changes those of a single element only (fake tensors carry them along
+            as constants, e.g. BatchNorm's number of batches).
     """
     attributes = [(module, _snapshot(module)) for module in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()] if values else []
+    kept = [tensor for tensor in model.buffers() if values or tensor.numel() <= 1]
+    buffers = [(tensor, tensor.detach().clone()) for tensor in kept if not tensor.is_meta]
     caches = [(cache, cache.cache_info().misses) for cache in _lru_caches(model)]
     states = random.getstate(), numpy.random.get_state(), rng_states()
+    for module in model.modules():
+        for name in _HOOKS:
+            module.__dict__[name] = OrderedDict()
     try:
         yield
     finally:
@@ -43,7 +52,8 @@ def isolated(model: nn.Module, *, values: bool = False) -> Iterator[None]:
             _restore(module, snapshot)
         with torch.no_grad():
             for buffer, value in buffers:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
         for cache, misses in caches:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()

@@ -141,6 +141,7 @@ def program_for(
     inner: Sequence[str],
     trunk: str,
     mode: Any,
+    forward: Any = None,
 ) -> Program:
     """Trace a home and cut it at its residual adds.
 
@@ -149,5 +150,6 @@ def program_for(
     """
     if "forward" in vars(home):
         raise CannotTrace("its forward is replaced on the instance")
-    trace = trace_home(home, type(home).forward, arguments, residuals[0].inlined, mode)
+    forward = type(home).forward if forward is None else forward
+    trace = trace_home(home, forward, arguments, residuals[0].inlined, mode)
     return extract(trace, residuals, inner, trunk)

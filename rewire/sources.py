@@ -1,11 +1,11 @@
 """From a MODEL as written on the command line to an nn.Module, and how to build it again.
 
-    model.pt                          a pickled nn.Module
-    weights.safetensors --arch NAME   a state_dict or training checkpoint, and its model
-    timm/vit_base_patch16_224         a name in timm, torchvision or transformers
-    torchvision/swin3d_t?num_classes=10
-    transformers/path/to/config.json
-    package.module:callable           anything importable that returns an nn.Module
+model.pt                          a pickled nn.Module
+weights.safetensors --arch NAME   a state_dict or training checkpoint, and its model
+timm/vit_base_patch16_224         a name in timm, torchvision or transformers
+torchvision/swin3d_t?num_classes=10
+transformers/path/to/config.json
+package.module:callable           anything importable that returns an nn.Module
 """
 
 from __future__ import annotations
@@ -316,7 +316,9 @@ def _found_in(loaded: Any) -> tuple[nn.Module | None, dict[str, Tensor], str]:
     if not isinstance(loaded, Mapping):
         return None, {}, ""
     tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
-    if tensors and all(isinstance(value, Tensor) or "extra" in key for key, value in loaded.items()):
+    if tensors and all(
+        isinstance(value, Tensor) or "extra" in key for key, value in loaded.items()
+    ):
         return None, tensors, ""
     for key in _WEIGHT_KEYS:
         module, weights, where = _found_in(loaded.get(key))

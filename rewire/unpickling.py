@@ -276,9 +276,13 @@ def _refusal(name: _Name) -> str:
 def _check_called(name: _Name, found: Any, where: str, trust: Sequence[str]) -> None:
     """Refuse a pickle that calls a class or function which may only be referred to."""
     plain = str(name) in _CALLABLE or str(name).startswith(_REBUILDS)
-    data = found in (_Inert, _plain_dict) or (inspect.isclass(found) and issubclass(found, enum.Enum))
+    data = found in (_Inert, _plain_dict) or (
+        inspect.isclass(found) and issubclass(found, enum.Enum)
+    )
     if not (plain or data or _is_trusted(name, trust)):
-        raise BadFile(f"{where}: calls {name} while loading, which torch.save never asks for. Refused.")
+        raise BadFile(
+            f"{where}: calls {name} while loading, which torch.save never asks for. Refused."
+        )
 
 
 class _TorchFunctions:

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy
@@ -62,10 +63,6 @@ class Check:
         """Whether the measured number is within the limit."""
         return self.measured <= self.limit
 
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data."""
-        return {**dataclasses.asdict(self), "passed": self.passed}
-
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
@@ -84,7 +81,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as lists, dicts, strings and numbers: ready for JSON."""
-        checks = [check.to_dict() for check in self.checks]
+        checks = [{**dataclasses.asdict(check), "passed": check.passed} for check in self.checks]
         return {"model": self.model, "passed": self.passed, "checks": checks}
 
     def __str__(self) -> str:
@@ -92,9 +89,8 @@ class Verdict:
         for c in self.checks:
             numbers = f"{c.measured:.3g}", f"<= {c.limit:.3g}"
             rows.append(("ok" if c.passed else "FAILED", c.name, *numbers, c.unit, c.detail))
-        widths = [max((len(row[i]) for row in rows), default=0) for i in range(6)]
-        passed = sum(check.passed for check in self.checks)
-        lines = [f"{self.model}: {passed} of {len(rows)} checks passed"]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{self.model}: {sum(c.passed for c in self.checks)} of {len(rows)} checks passed"]
         for row in rows:
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             lines.append(("  " + "  ".join(cells)).rstrip())
@@ -136,13 +132,13 @@ def verify(
     given = Example(inputs, kwargs) if inputs or kwargs else example_for(rev)
     original = rewriting.restored(rev) if original is None else original
     model, example = rev, given
-    if float64:
+    if float64:  # for the numbers only; the other checks look at the model itself
         model = copy.deepcopy(rev).double()
         example = _mapped(given, lambda t: t.double() if t.is_floating_point() else t)
     checks = [
         *_evaluation_checks(model, example),
         *_training_checks(model, example),
-        _other_batch_check(model, example),
+        _other_batch_check(model, example, original),
         *_memory_checks(rev, given, original),
         *_sharing_checks(rev, original),
     ]
@@ -152,13 +148,13 @@ def verify(
 def _evaluation_checks(model: nn.Module, example: Example) -> Iterator[Check]:
     run, twin = _pair(model, example, training=False)
     limit = _gradient_limit(model)
-    different = [int((a != b).sum()) for a, b in zip(run.outputs, twin.outputs, strict=True)]
-    yield Check("outputs", sum(different), 0, "elements", f"of {len(different)} tensors")
+    different = sum(int((a != b).sum()) for a, b in zip(run.outputs, twin.outputs, strict=True))
+    yield Check("outputs", different, 0, "elements", f"in {len(run.outputs)} tensors")
     yield _gradient_check("input gradients", run.inputs, twin.inputs, limit)
     yield _gradient_check("parameter gradients", run.parameters, twin.parameters, limit)
-    found = [(math.inf if math.isnan(d) else d, chain) for chain, d in run.reconstructions]
-    difference, chain = max(found, default=(0.0, ""))
-    detail = f"worst {chain or '(model)'} of {len(found)}"
+    found = [(math.inf if math.isnan(d) else d, name) for name, d in run.reconstructions]
+    difference, worst = max(found, default=(0.0, ""))
+    detail = f"worst {worst or '(model)'} of {len(found)}"
     if not found and (run.inputs or all(p.requires_grad for p in model.parameters())):
         difference, detail = math.inf, "backward reached no chain's start"
     yield Check("reconstruction", difference, limit, "relative", detail)
@@ -168,26 +164,39 @@ def _training_checks(model: nn.Module, example: Example) -> Iterator[Check]:
     run, twin = _pair(model, example, training=True)
     limit = _gradient_limit(model)
     yield _gradient_check("randomness replayed", run.parameters, twin.parameters, limit)
-    pairs = list(zip(run.generators, twin.generators, strict=True))
+    pairs = zip(run.generators, twin.generators, strict=True)
     moved = sum(not torch.equal(a, b) for a, b in pairs)
-    yield Check("generators afterwards", moved, 0, "generators", f"of {len(pairs)}")
+    yield Check("generators afterwards", moved, 0, "generators", f"of {len(twin.generators)}")
     buffers = [(name, run.buffers[name], b) for name, b in twin.buffers.items()]
     changed = [n for n, a, b in buffers if not torch.equal(a.nan_to_num(), b.nan_to_num())]
     detail = f"first {changed[0]}" if changed else f"of {len(twin.buffers)}"
     yield Check("statistics once", len(changed), 0, "buffers", detail)
 
 
-def _other_batch_check(model: nn.Module, example: Example) -> Check:
-    name, limit = "other batch size", _gradient_limit(model)
+def _other_batch_check(model: nn.Module, example: Example, original: nn.Module) -> Check:
+    limit = _gradient_limit(model)
     batch, larger = _one_more(example)
+    name, sizes = "other batch size", f"{batch + 1} instead of {batch}"
     try:
-        twin = _run(model, larger, training=False, stored=True)
+        run, twin = _pair(model, larger, training=False)
     except Exception as error:
-        detail = f"the model itself refuses {batch + 1} ({type(error).__name__})"
-        return Check(name, 0.0, limit, "relative", detail)
-    run = _run(model, larger, training=False, stored=False)
+        measured = 0.0 if _refuses(original, larger) else math.inf
+        return Check(name, measured, limit, "relative", f"{sizes}: {error}".splitlines()[0])
     check = _gradient_check(name, run.parameters, twin.parameters, limit)
-    return dataclasses.replace(check, detail=f"{batch + 1} instead of {batch}; {check.detail}")
+    return dataclasses.replace(check, detail=f"{sizes}; {check.detail}")
+
+
+def _refuses(original: nn.Module, example: Example) -> bool:
+    """Whether the original cannot run on inputs of these sizes either."""
+    dtypes = (p.dtype for p in original.parameters() if p.is_floating_point())
+    dtype = next(dtypes, torch.get_default_dtype())
+    fitting = _mapped(example, lambda t: t.to(dtype) if t.is_floating_point() else t)
+    try:
+        with isolated(original, values=True), training_mode(original, False), torch.no_grad():
+            original(*fitting.args, **fitting.kwargs)
+    except Exception:
+        return True
+    return False
 
 
 def _memory_checks(rev: nn.Module, example: Example, original: nn.Module) -> Iterator[Check]:
@@ -195,21 +204,24 @@ def _memory_checks(rev: nn.Module, example: Example, original: nn.Module) -> Ite
     yield Check("activations dropped", stored, 0, "bytes", where)
     with training_mode(rev, True), training_mode(original, True):
         ours, plain = (profile(m, *example.args, **example.kwargs) for m in (rev, original))
-    megabytes = f"{ours.peak_bytes / 1e6:.1f} MB, the original {plain.peak_bytes / 1e6:.1f} MB"
+    megabytes = f"{ours.peak_bytes / 1e6:.2f} MB, the original {plain.peak_bytes / 1e6:.2f} MB"
     ratio = ours.peak_bytes / max(plain.peak_bytes, 1)
     yield Check("peak memory", ratio, 1.0, "of original", megabytes)
     yield Check("bytes left", ours.left_bytes, 0, "bytes")
 
 
 def _sharing_checks(rev: nn.Module, original: nn.Module) -> Iterator[Check]:
-    ours, theirs = _tensors(rev), _tensors(original)
+    ours, theirs = (
+        dict(chain(m.named_parameters(remove_duplicate=False), m.named_buffers("", True, False)))
+        for m in (rev, original)
+    )
     copied = [name for name, tensor in theirs.items() if ours.get(name) is not tensor]
     detail = f"first {copied[0]}" if copied else f"of {len(theirs)}"
     yield Check("parameters shared", len(copied), 0, "tensors", detail)
     keys, wanted = list(rev.state_dict()), list(original.state_dict())
     places = max(len(keys), len(wanted))
     wrong = [i for i in range(places) if keys[i : i + 1] != wanted[i : i + 1]]
-    detail = f"first {(wanted + keys)[wrong[0]]}" if wrong else f"of {places}"
+    detail = f"first {[*wanted, *keys[len(wanted) :]][wrong[0]]}" if wrong else f"of {places}"
     yield Check("keys equal", len(wrong), 0, "keys", detail)
 
 
@@ -299,9 +311,9 @@ def _stored_in_branches(rev: nn.Module, example: Example) -> tuple[int, str]:
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    branches = list(_branches(rev))
+    branches = _branches(rev)
     with isolated(rev, values=True), torch.enable_grad(), hooks, ExitStack() as stack:
-        for name, module in branches:
+        for name, module in branches.items():
             enter = module.register_forward_pre_hook(lambda *_, at=name: inside.append(at))
             leave = module.register_forward_hook(lambda *_: inside.pop() and None, always_call=True)
             stack.callback(enter.remove)
@@ -312,18 +324,16 @@ def _stored_in_branches(rev: nn.Module, example: Example) -> tuple[int, str]:
     return sum(kept.values()), where
 
 
-def _branches(rev: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that the branches of all chains call, each once."""
-    seen: dict[int, tuple[str, nn.Module]] = {}
+def _branches(rev: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the branches of all chains call, by name."""
+    plan = rewriting.plan_of(rev).modules if rewriting.is_rewired(rev) else []
+    names = [f"{residual.home}.{name}" for residual in plan for name in residual.branch]
     for prefix, module in rev.named_modules():
         if isinstance(module, ReversibleSequential):
-            for name, child in module.named_children():
-                seen.setdefault(id(child), (f"{prefix}.{name}".lstrip("."), child))
-    for residual in rewriting.plan_of(rev).modules:
-        for relative in residual.branch:
-            name = f"{residual.home}.{relative}".strip(".")
-            seen.setdefault(id(rev.get_submodule(name)), (name, rev.get_submodule(name)))
-    return iter(seen.values())
+            names += [f"{prefix}.{name}" for name, _ in module.named_children()]
+    found = ((name, rev.get_submodule(name)) for name in (name.strip(".") for name in names))
+    # One without parameters (a ReLU) may also serve outside, where its activation is kept.
+    return {n: m for n, m in found if next(m.parameters(), None) is not None}
 
 
 def _gradient_check(
@@ -353,16 +363,12 @@ def _gradient_limit(model: nn.Module) -> float:
     return max((_GRADIENT_LIMITS.get(dtype, _HALF_LIMIT) for dtype in dtypes), default=1e-3)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
-
-
 def _one_more(example: Example) -> tuple[int, Example]:
     """The batch size, and the example with its first sample appended once more."""
     leaves = tree_leaves((example.args, dict(example.kwargs)))
     batch = next(t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim())
-    grown = _mapped(
-        example, lambda t: torch.cat([t, t[:1]]) if t.dim() and t.shape[0] == batch else t
-    )
-    return batch, grown
+
+    def grown(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor[:1]]) if tensor.shape[:1] == (batch,) else tensor
+
+    return batch, _mapped(example, grown)

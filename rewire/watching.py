@@ -31,6 +31,9 @@ _NO_DATAFLOW = frozenset(
     for suffix in ("_like",)
 ) | frozenset(f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "tensor"))
 
+# Functions that take values from their first argument and only a form from the others.
+_FORM_OF_OTHERS = frozenset(("type_as", "expand_as", "view_as", "reshape_as", "to"))
+
 ADDITIONS = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
 
 
@@ -264,6 +267,8 @@ class _Recorder(TorchFunctionMode):
         operands += tuple(self._node(t) for t in inputs if not any(t is a for a in positional))
         if name in _NO_DATAFLOW:
             operands = ()
+        if name in _FORM_OF_OTHERS:
+            operands = operands[:1]
         others = tuple(None if isinstance(a, Tensor) else a for a in positional)
         for tensor in made or changed[:1]:
             node = self._add(name, scope, operands, others, tensor)

@@ -1,0 +1,343 @@
+"""The `rewire` command: parse, call, print.
+
+torch and everything that needs it is imported inside the commands, so that --help is fast.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rewire.errors import RewireError
+
+if TYPE_CHECKING:
+    from rewire.conversion import Request
+    from rewire.demonstration import Demonstration
+    from rewire.verification import Verdict
+
+_WIDTH = {"max_content_width": 96, "terminal_width": 96, "help_option_names": ["-h", "--help"]}
+_MODEL_HELP = (
+    "A pickled nn.Module (.pt, .pth); weights (.pt, .pth, .safetensors) with --arch; "
+    "timm/NAME, torchvision/NAME, transformers/path/to/config.json or package.module:callable."
+)
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings=_WIDTH,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="The model that a file of weights belongs to, as MODEL names it."),
+]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PACKAGE", help="Admit this package's classes in a file (repeatable)."),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        "--input-shape", metavar="N,C,H,W", help="Shape of the input, where it can't be found."
+    ),
+]
+Trunk = Annotated[
+    str,
+    typer.Option(
+        metavar="identity|inside",
+        help="Activations between adds: keep the exact function, or move them into the branches.",
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Rewire only modules of these names (repeatable)."),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Leave these modules (repeatable).")
+]
+Pretrained = Annotated[
+    bool, typer.Option("--pretrained", help="Fetch the library's pretrained weights (network).")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback(
+    epilog="Exit codes: 0 done, 1 said no (nothing to rewire, a failed check, a bad file), 2 usage."
+)
+def _rewire() -> None:
+    """Make a residual network reversible: same parameters, activations not stored.
+
+    \b
+    Examples:
+      rewire demo
+      rewire inspect timm/vit_base_patch16_224
+      rewire convert model.pt -o rev_model.pt
+      rewire verify rev_model.pt
+    """
+
+
+@app.command()
+def inspect(
+    model: Model,
+    arch: Arch = None,
+    trust: Trust = None,
+    input_shape: Shape = None,
+    trunk: Trunk = "identity",
+    include: Include = None,
+    exclude: Exclude = None,
+    pretrained: Pretrained = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the chains that would be made reversible, and every add left alone, with its reason.
+
+    \b
+    Examples:
+      rewire inspect torchvision/swin3d_t
+      rewire inspect model.pt --input-shape 2,3,224,224
+      rewire inspect weights.safetensors --arch timm/convnext_tiny
+      rewire inspect mypackage.models:build --exclude 'head.*'
+    """
+    options = (arch, trust, pretrained, input_shape, trunk, include, exclude)
+    shape = _checked(input_shape, trunk)
+    with _one_line_errors(debug):
+        request = _request(options, shape)
+        from rewire.conversion import opened, planned
+        from rewire.report import console, plan_tree
+
+        source = opened(model, request)
+        plan = planned(source, request)
+        if as_json:
+            _print_json({"source": source.description, **plan.to_dict()})
+        else:
+            console().print(plan_tree(plan))
+        if not plan.chains:
+            from rewire.rewriting import make_reversible
+
+            make_reversible(source.module, plan=plan)  # raises, naming the nearest miss
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="OUT", help="The file to write.", show_default=False)
+    ],
+    arch: Arch = None,
+    trust: Trust = None,
+    input_shape: Shape = None,
+    trunk: Trunk = "identity",
+    include: Include = None,
+    exclude: Exclude = None,
+    pretrained: Pretrained = False,
+    export_state_dict: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Write plain weights for the original class, too."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a reversible version of MODEL to OUT: how to build it, the plan and the tensors.
+
+    \b
+    Examples:
+      rewire convert model.pt -o rev_model.pt
+      rewire convert model.pt -o rev_model.pt --trust mypackage
+      rewire convert checkpoint.pth --arch torchvision/resnet50 -o rev_resnet50.pt
+      rewire convert timm/vit_large_patch16_224 --pretrained -o rev_vit.pt
+    """
+    options = (arch, trust, pretrained, input_shape, trunk, include, exclude)
+    shape = _checked(input_shape, trunk)
+    _check_target(out, model, "OUT")
+    if export_state_dict is not None:
+        _check_target(export_state_dict, model, "--export-state-dict")
+        _check_target(export_state_dict, str(out), "--export-state-dict")
+    with _one_line_errors(debug):
+        request = _request(options, shape)
+        from rewire import conversion
+        from rewire.report import console, human_bytes, plan_summary
+
+        done = conversion.convert(model, out, request, export_state_dict)
+        if as_json:
+            written = {"source": done.source, "out": str(out), "bytes": done.out_bytes}
+            _print_json({**written, "plan": done.plan.to_dict()})
+            return
+        console().print(plan_summary(done.plan))
+        typer.echo(f"from {done.source}\nwrote {out} ({human_bytes(done.out_bytes)})\n")
+        typer.echo(f"Next: check it with\n  rewire verify {out}\nand train it with")
+        typer.echo(f"  import rewire\n  rev = rewire.load({_load_arguments(out, trust)})")
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of `rewire convert`.")],
+    trust: Trust = None,
+    input_shape: Shape = None,
+    float64: Annotated[
+        bool, typer.Option("--float64", help="Compare gradients in double precision.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a converted model: gradients, reconstruction, statistics, memory, keys.
+
+    Gradients are compared with the same two-stream function run by ordinary autograd.
+
+    \b
+    Examples:
+      rewire verify rev_model.pt
+      rewire verify rev_model.pt --float64 --input-shape 2,3,224,224
+      rewire verify rev_model.pt --json
+    """
+    shape = _checked(input_shape, "identity")
+    with _one_line_errors(debug):
+        from rewire import verification
+        from rewire.inputs import example_for
+        from rewire.report import progress
+        from rewire.storage import load
+
+        with progress(f"Loading {file}"):
+            rev = load(file, trust=trust or ())
+            example = example_for(rev, shape)
+        with progress("Verifying: gradients, statistics, memory"):
+            verdict = verification.verify(rev, *example.args, float64=float64, **example.kwargs)
+        _print_verdict(verdict, f"{file}, inputs {example.description}", as_json)
+        if not verdict.passed:
+            raise RewireError(f"{file}: {_failed(verdict)}. Nothing was changed.")
+
+
+@app.command()
+def demo(
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the files, in this directory.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Convert, load and verify a real network, offline, in about a minute.
+
+    timm's ViT-S/16 with random weights is saved as model.pt, then takes the way of any model.
+
+    \b
+    Examples:
+      rewire demo
+      rewire demo --keep demo_files
+    """
+    with _one_line_errors(debug), tempfile.TemporaryDirectory() as temporary:
+        from rewire.demonstration import demonstrate
+
+        folder = Path(temporary) if keep is None else keep
+        folder.mkdir(parents=True, exist_ok=True)
+        shown = demonstrate(folder)
+        if as_json:
+            _print_json({"plan": shown.conversion.plan.to_dict(), **shown.verdict.to_dict()})
+        else:
+            _print_demonstration(shown, keep)
+        if not shown.verdict.passed:
+            raise RewireError(f"demo: {_failed(shown.verdict)}.")
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="rewire")
+
+
+@contextmanager
+def _one_line_errors(debug: bool) -> Iterator[None]:
+    """End with one line on stderr and exit code 1; with --debug, let the traceback through."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except RewireError as error:
+        if debug:
+            raise
+        typer.echo(f"rewire: {error}", err=True)
+    except Exception as error:
+        if debug:
+            raise
+        first = next(iter(str(error).splitlines()), "")
+        kind = type(error).__name__
+        typer.echo(f"rewire: unexpected {kind}: {first} (run again with --debug)", err=True)
+    else:
+        return
+    raise typer.Exit(1)
+
+
+def _checked(input_shape: str | None, trunk: str) -> tuple[int, ...] | None:
+    """The parsed --input-shape; bad usage is said before anything is loaded."""
+    if trunk not in ("identity", "inside"):
+        raise typer.BadParameter(f"--trunk is identity or inside, not {trunk!r}.")
+    if input_shape is None:
+        return None
+    sizes = input_shape.split(",")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise typer.BadParameter(
+            f"--input-shape is numbers like 2,3,224,224 (batch included), not {input_shape!r}."
+        )
+    return tuple(int(size) for size in sizes)
+
+
+def _request(options: tuple[Any, ...], shape: tuple[int, ...] | None) -> Request:
+    from rewire.conversion import Request
+
+    arch, trust, pretrained, _, trunk, include, exclude = options
+    lists = {"trust": trust, "include": include, "exclude": exclude}
+    given = {name: tuple(values or ()) for name, values in lists.items()}
+    return Request(arch=arch, pretrained=pretrained, shape=shape, trunk=trunk, **given)
+
+
+def _check_target(path: Path, other: str, what: str) -> None:
+    """Refuse a file that can't be written, or would replace another of this command."""
+    if path.is_dir():
+        raise typer.BadParameter(f"{what} {path} is a directory. Name a file in it.")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"{what} {path}: there is no directory {path.parent}.")
+    if path.resolve() == Path(other).resolve():
+        raise typer.BadParameter(f"{what} {path} is the same file as {other}. Name another.")
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2))
+
+
+def _print_verdict(verdict: Verdict, title: str, as_json: bool) -> None:
+    if as_json:
+        _print_json(verdict.to_dict())
+        return
+    from rewire.report import console, verdict_table
+
+    console().print(verdict_table(verdict.checks, title))
+
+
+def _print_demonstration(shown: Demonstration, keep: Path | None) -> None:
+    from rewire.report import console, plan_summary
+
+    console().print(plan_summary(shown.conversion.plan))
+    _print_verdict(shown.verdict, f"{shown.conversion.out.name}, loaded and verified", False)
+    gradients, memory = shown.verdict["parameter gradients"], shown.verdict["peak memory"]
+    typer.echo(f"\ngradients: largest relative error {gradients.measured:.1e}")
+    typer.echo(f"peak activation memory of one training step: {memory.detail}")
+    kept = "" if keep is None else f" The files are in {keep}."
+    typer.echo(f"\nNext: rewire inspect MODEL, then rewire convert MODEL -o OUT.{kept}")
+
+
+def _failed(verdict: Verdict) -> str:
+    names = [check.name for check in verdict.checks if not check.passed]
+    return f"{len(names)} of {len(verdict.checks)} checks failed ({', '.join(names)})"
+
+
+def _load_arguments(out: Path, trust: list[str] | None) -> str:
+    return repr(str(out)) + (f", trust={trust!r}" if trust else "")
+
+

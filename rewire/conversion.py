@@ -1,0 +1,77 @@
+"""What `rewire inspect` and `rewire convert` do, for the command line and the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rewire.plans import Plan
+from rewire.report import progress
+from rewire.sources import Source, open_model
+from rewire.storage import export_state_dict, save
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to open a model and what to rewire in it: the options that commands share."""
+
+    arch: str | None = None
+    trust: Sequence[str] = ()
+    pretrained: bool = False
+    shape: Sequence[int] | None = None
+    trunk: str = "identity"
+    include: Sequence[str] = field(default=())
+    exclude: Sequence[str] = field(default=())
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted and written."""
+
+    source: str
+    plan: Plan
+    out: Path
+    out_bytes: int
+
+
+def opened(model: str, request: Request) -> Source:
+    """Open MODEL as the request says."""
+    with progress(f"Opening {model}"):
+        return open_model(
+            model, arch=request.arch, trust=request.trust, pretrained=request.pretrained
+        )
+
+
+def planned(source: Source, request: Request) -> Plan:
+    """The plan for an opened model."""
+    from rewire.inputs import example_for
+    from rewire.planning import plan
+
+    with progress("Finding residual modules"):
+        example = None if request.shape is None else example_for(source.module, request.shape)
+        return plan(
+            source.module,
+            example,
+            trunk=request.trunk,
+            include=request.include,
+            exclude=request.exclude,
+        )
+
+
+def convert(
+    model: str, out: Path, request: Request | None = None, export: Path | None = None
+) -> Conversion:
+    """Open, plan, rewire and write; `out` appears whole or not at all."""
+    from rewire.rewriting import make_reversible
+
+    request = request or Request()
+    source = opened(model, request)
+    plan = planned(source, request)
+    with progress("Rewiring"):
+        rev = make_reversible(source.module, plan=plan)
+    with progress(f"Writing {out}"):
+        save(rev, out, source=source.recipe)
+        if export is not None:
+            export_state_dict(rev, export)
+    return Conversion(source.description, plan, out, out.stat().st_size)

@@ -1,0 +1,273 @@
+"""The modules that own residual adds, running in two-stream form.
+
+A rewired home is an instance of a subclass of its own class, whose forward looks up (or
+traces) the program for the arguments at hand and runs it. Everything else of it stays.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from rewire.errors import CannotTrace
+from rewire.extraction import BranchCode, Program
+from rewire.links import Course, find
+from rewire.planning import program_for
+from rewire.plans import Residual
+from rewire.replay import Statistics
+from rewire.reversible import ReversibleSequential, advance, attach, follow, resume
+from rewire.structure import flatten, unflatten
+from rewire.tape import Output
+
+_MOST_PROGRAMS = 64
+_SCALARS = (bool, int, float, str, type(None))
+
+
+class _Plain(threading.local):
+    """Set while a thread runs homes as their authors wrote them."""
+
+    active = False
+
+
+_plain = _Plain()
+
+
+@contextmanager
+def plain_homes() -> Iterator[None]:
+    """Run rewired homes as their authors wrote them: they are being traced."""
+    before, _plain.active = _plain.active, True
+    try:
+        yield
+    finally:
+        _plain.active = before
+
+
+class HomeBranch:
+    """A residual branch of a home: the tape's view of its code."""
+
+    def __init__(self, home: nn.Module, code: BranchCode) -> None:
+        self.name = code.name
+        self.home = home
+        self.code = code
+        self.statistics = Statistics([home.get_submodule(name) for name in code.modules])
+
+    def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
+        """Run the branch's code on its home."""
+        return Output(*self.code.function(self.home, x, *sides))
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {' → '.join(self.code.modules) or 'inline'}"
+
+
+class HomeChain(ReversibleSequential):
+    """The residual modules that one home has in a chain.
+
+    Holds names only until the home has run; the branches then are its code's.
+    """
+
+    def __init__(self, course: Course, sites: Sequence[tuple[int, ...]], names: Sequence[str]):
+        nn.Module.__init__(self)
+        self.course = course
+        self.sites = tuple(sites)
+        self.names = tuple(names)
+        self.branches = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "branches": []}
+
+    def forward(self, x: Tensor, *sides: Any) -> Tensor:
+        """Run these residual modules alone, as a chain of their own."""
+        if not self.branches:
+            raise CannotTrace(f"{self.names[0]}: run the model once, its branches are not traced")
+        alone = ReversibleSequential([partial(_first, branch) for branch in self.branches])
+        return alone(x, *sides)
+
+    def extra_repr(self) -> str:
+        """Chain, coupling, and each module with its place in the chain."""
+        rows = [super().extra_repr()]
+        for sites, name in zip(self.sites, self.names, strict=True):
+            places = ", ".join(str(site + 1) for site in sites)
+            rows.append(f"({places} of {len(self.course.sites)}) {name}")
+        return "\n".join(rows)
+
+
+def _first(branch: HomeBranch, x: Tensor, *sides: Any) -> Tensor:
+    return branch(x, sides)[0]  # type: ignore[no-any-return]
+
+
+@dataclass(eq=False)
+class HomeState:
+    """What a rewired home knows: plain data, and programs that can be traced again."""
+
+    residuals: tuple[Residual, ...]
+    inner: tuple[str, ...]
+    trunk: str
+    chains: tuple[HomeChain, ...]
+    places: tuple[tuple[int, int], ...]  # for each residual: number of its chain, place in it
+    programs: dict[Any, list[Program]] = field(default_factory=dict, repr=False)
+    bound: dict[int, tuple[HomeBranch, ...]] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "programs": {}, "bound": {}}
+
+    def program(self, home: nn.Module, arguments: Any, leaves: list[Any], spec: Any) -> Program:
+        """The program for these arguments, traced where there is none yet."""
+        key = (spec, self._fingerprint(home))
+        programs = self.programs.setdefault(key, [])
+        for program in programs:
+            if program.suits(home, leaves):
+                return program
+        program = self._trace(home, arguments)
+        if sum(map(len, self.programs.values())) >= _MOST_PROGRAMS:
+            self.programs.clear()
+            self.bound.clear()
+        self.programs.setdefault(key, []).append(program)
+        return program
+
+    def _fingerprint(self, home: nn.Module) -> tuple[Any, ...]:
+        """What the code may read of its modules: flags, numbers and strings."""
+        marks: list[Any] = [v for v in home.__dict__.values() if type(v) in _SCALARS]
+        for name in self.residuals[0].inlined:
+            module = home.get_submodule(name)
+            marks += [v for v in module.__dict__.values() if type(v) in _SCALARS]
+            marks.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
+        return tuple(marks)
+
+    def _trace(self, home: nn.Module, arguments: Any) -> Program:
+        original = original_class(type(home))
+        settings = (self.residuals, self.inner, self.trunk)
+        leaves = flatten(arguments)[0]
+        fake = next((leaf for leaf in leaves if isinstance(leaf, FakeTensor)), None)
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if fake is None else fake.fake_mode
+        with plain_homes(), hidden_chains(home):
+            try:
+                return program_for(home, arguments, *settings, mode, original.forward)
+            except CannotTrace as error:
+                try:
+                    return program_for(home, arguments, *settings, None, original.forward)
+                except CannotTrace:
+                    where = self.residuals[0].home or "the model"
+                    raise CannotTrace(
+                        f"{where}: called in a new way, its code cannot be rewired: {error}. "
+                        "Keep it out with `exclude=`."
+                    ) from error
+
+    def branches(self, home: nn.Module, program: Program) -> tuple[HomeBranch, ...]:
+        """The program's branches on this home."""
+        bound = self.bound.get(id(program))
+        if bound is None or bound[0].home is not home:
+            bound = tuple(HomeBranch(home, code) for code in program.branches)
+            self.bound[id(program)] = bound
+            for number, chain in enumerate(self.chains):
+                places = zip(self.places, bound, strict=True)
+                chain.branches = [branch for (owner, _), branch in places if owner == number]
+        return bound
+
+
+class HomeRun:
+    """One call of a home: what its program calls back."""
+
+    def __init__(self, home: nn.Module, state: HomeState, program: Program) -> None:
+        self._home, self._state, self._program = home, state, program
+        self._branches = state.branches(home, program)
+
+    def _place(self, number: int) -> tuple[Course, tuple[int, ...]]:
+        chain, place = self._state.places[number]
+        found = self._state.chains[chain]
+        return found.course, found.sites[place]
+
+    def step(self, number: int, x: Tensor, *sides: Any) -> tuple[Any, ...]:
+        """Run the home's residual module `number`; its visible result and sideways values."""
+        course, sites = self._place(number)
+        site, link = resume(course, sites, x)
+        visible, link, sideways = advance(link, site, x, self._branches[number], sides)
+        if site < len(course.sites) - 1:
+            attach(visible, link)
+        return (visible, *sideways)
+
+    def follow(self, number: int, x: Tensor) -> Tensor:
+        """Run the activation behind sum `number`."""
+        tail = partial(self._program.tails[number], self._home)  # type: ignore[arg-type]
+        link = find(x, self._place(number)[0])
+        if link is None:  # the chain has ended: the activation follows its merge
+            return tail(x)
+        result, link = follow(link, x, tail)
+        attach(result, link)
+        return result
+
+
+def run_home(home: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a rewired home."""
+    state: HomeState = home.__dict__["_rewire"]
+    if _plain.active:
+        with hidden_chains(home):
+            return original_class(type(home)).forward(home, *args, **kwargs)
+    leaves, spec = flatten((args, kwargs))
+    program = state.program(home, (args, kwargs), leaves, spec)
+    run = HomeRun(home, state, program)
+    results = program.outer(home, run, *program.constants, *leaves)
+    return unflatten(program.result, results)
+
+
+@contextmanager
+def hidden_chains(home: nn.Module) -> Iterator[None]:
+    """Hide the chains among a home's children from code that goes through its children."""
+    children = dict(home._modules)
+    chains = {name for name, child in children.items() if isinstance(child, HomeChain)}
+    for name in chains:
+        del home._modules[name]
+    try:
+        yield
+    finally:
+        for name in chains:
+            home._modules[name] = children[name]
+
+
+# ---- classes -----------------------------------------------------------------------------
+
+
+class RewiredHome:
+    """What a rewired home adds to its class: a forward, and pickling by plan."""
+
+    _rewired_from: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's forward in two-stream form."""
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(run_home)(self, args, kwargs)  # type: ignore[arg-type]
+        return run_home(self, args, kwargs)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _revive, (self._rewired_from,), state
+
+
+def _revive(original: type[nn.Module]) -> nn.Module:
+    """A rewired home without state, for pickle and copy."""
+    cls = rewired_class(original)
+    return cls.__new__(cls)
+
+
+@lru_cache(maxsize=None)
+def rewired_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `original` that runs in two-stream form; it bears the same name."""
+    names = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_rewired_from": original,
+    }
+    return type(original.__name__, (RewiredHome, original), names)
+
+
+def original_class(cls: type) -> type[nn.Module]:
+    """The class a rewired home was made from; other classes as they are."""
+    return getattr(cls, "_rewired_from", cls)

@@ -1,0 +1,163 @@
+"""Plans and verdicts on a terminal, with rich. Takes plain data; knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Protocol
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from rewire.plans import Chain, Plan, Residual, Skipped
+
+_WIDTH = 100
+_SHOWN = 3
+_TRUNKS = {
+    "identity": "",
+    "view": "a view on the trunk",
+    "activation": "an activation on the trunk, kept in the branch's form",
+}
+
+
+class CheckRow(Protocol):
+    """What a row of a verdict's table needs."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def measured(self) -> float: ...
+    @property
+    def limit(self) -> float: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def detail(self) -> str: ...
+    @property
+    def passed(self) -> bool: ...
+
+
+def console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:
+    """A console as wide as the terminal, or 100 columns where there is none."""
+    found = Console(file=file, stderr=stderr, highlight=False, soft_wrap=False)
+    return found if found.is_terminal else Console(
+        file=file, stderr=stderr, highlight=False, width=_WIDTH
+    )
+
+
+@contextmanager
+def progress(words: str) -> Iterator[None]:
+    """Show on stderr that something is under way."""
+    with console(stderr=True).status(f"{words} ..."):
+        yield
+
+
+def plan_tree(plan: Plan) -> Tree:
+    """Chains with their residual modules, then the adds left alone, grouped by reason."""
+    title = f"{plan.model}: {_counted(len(plan.chains), 'chain')}, "
+    title += _counted(len(plan.modules), "residual module")
+    if plan.parameters:
+        title += f", {plan.parameters:,} parameters"
+    tree = Tree(Text(title, style="bold"))
+    if plan.inputs:
+        tree.add(Text(f"inputs: {plan.inputs}", style="dim"))
+    for chain in plan.chains:
+        _add_chain(tree, chain)
+    if plan.skipped:
+        _add_skipped(tree, plan.skipped)
+    return tree
+
+
+def plan_summary(plan: Plan) -> Tree:
+    """The chains, one line each, and how many adds stay."""
+    title = f"{plan.model}: {_counted(len(plan.modules), 'residual module')} made reversible"
+    tree = Tree(Text(title, style="bold"))
+    for chain in plan.chains:
+        tree.add(_chain_title(chain))
+    if plan.skipped:
+        tree.add(Text(f"{_counted(len(plan.skipped), 'add')} left alone", style="dim"))
+    return tree
+
+
+def verdict_table(checks: Iterable[CheckRow], title: str) -> Table:
+    """One row for each check: measured value, limit, unit, and where."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for heading in ("", "check"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("measured", "limit"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("unit", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    for check in checks:
+        in_bytes = check.unit == "bytes"
+        numbers = [
+            human_bytes(value) if in_bytes else f"{value:.3g}"
+            for value in (check.measured, check.limit)
+        ]
+        mark = Text("ok", style="green") if check.passed else Text("FAILED", style="bold red")
+        unit = "" if in_bytes else check.unit
+        table.add_row(mark, check.name, numbers[0], f"<= {numbers[1]}", unit, Text(check.detail))
+    return table
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in words, e.g. `41.5 MB` (powers of 1000, as in the README's tables).
+
+    >>> human_bytes(41_500_000)
+    '41.5 MB'
+    """
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.95:
+            break
+    return f"{count:.1f} {unit}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _chain_title(chain: Chain) -> Text:
+    shape = f"  {list(chain.shape)}" if chain.shape else ""
+    text = Text(chain.name or "(model)", style="bold green")
+    text.append(f"  {_counted(len(chain), 'module')}{shape}", style="not bold default")
+    if chain.trunk != "identity":
+        text.append(f"  trunk={chain.trunk}", style="not bold yellow")
+    return text
+
+
+def _add_chain(tree: Tree, chain: Chain) -> None:
+    branch = tree.add(_chain_title(chain))
+    for module in chain:
+        branch.add(_module_line(module))
+    if chain.taps:
+        branch.add(Text(f"used elsewhere (newest stream): {', '.join(chain.taps)}", style="dim"))
+
+
+def _module_line(module: Residual) -> Text:
+    text = Text(module.name)
+    if module.branch:
+        text.append(f"  F = {', '.join(module.branch)}", style="cyan")
+    if trunk := _TRUNKS.get(module.trunk, module.trunk):
+        text.append(f"  ({trunk})", style="dim")
+    return text
+
+
+def _add_skipped(tree: Tree, skipped: Sequence[Skipped]) -> None:
+    left = tree.add(Text(f"left alone: {_counted(len(skipped), 'add')}", style="yellow"))
+    groups: dict[str, list[Skipped]] = {}
+    for row in skipped:
+        groups.setdefault(row.reason, []).append(row)
+    for reason, rows in groups.items():
+        group = left.add(Text(f"{reason}: {_counted(len(rows), 'add')}", style="yellow"))
+        for row in rows[:_SHOWN]:
+            line = Text(row.where or "(model)")
+            line.append(f"  {row.detail}", style="dim")
+            group.add(line)
+        if len(rows) > _SHOWN:
+            names = ", ".join(dict.fromkeys(row.where or "(model)" for row in rows[_SHOWN:]))
+            group.add(Text(f"and {len(rows) - _SHOWN} more: {names}", style="dim"))

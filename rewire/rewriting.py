@@ -1,0 +1,252 @@
+"""Rewriting: a model and a plan make a reversible model that shares every tensor."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewire.errors import NothingToRewire, RewireError
+from rewire.homes import HomeChain, HomeState, RewiredHome, original_class, rewired_class
+from rewire.links import Course
+from rewire.planning import inner_homes, modules_by_home, plan as make_plan, trunk_of
+from rewire.plans import Chain, Plan
+
+_REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def make_reversible(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    plan: Plan | None = None,
+    trunk: str = "identity",
+    include: Sequence[str] | str = (),
+    exclude: Sequence[str] | str = (),
+) -> nn.Module:
+    """Rewire a residual network into a reversible one with the same parameters.
+
+    In each chain of residual modules the input is duplicated into two streams and each skip
+    jumps two modules, x_i = F_i(x_{i-1}) + x_{i-2}; the chain's output is the mean of both. Activations inside
+    the branches are not stored: backward rebuilds them.
+
+    Args:
+        model: Any module. It is left as it is and stays usable. Wrap (DDP, FSDP2,
+            `torch.compile`) what is returned, not what goes in.
+        example_inputs: As for `rewire.plan`.
+        plan: A plan made before, to be carried out as it is; then the other options have no
+            effect.
+        trunk: As for `rewire.plan`.
+        include: As for `rewire.plan`.
+        exclude: As for `rewire.plan`.
+
+    Returns:
+        A new module of the same class, with new module objects and the very same parameter and
+        buffer objects: `state_dict` has the same keys in the same order, and training one
+        trains the other. Only modules that own a residual add run other code.
+
+    Raises:
+        NothingToRewire: No chain was found; the message names the nearest miss.
+        CannotTrace: The model does not run on the example, or no example was found.
+
+    Example:
+        >>> import torchvision, rewire
+        >>> rev = rewire.make_reversible(torchvision.models.resnet18())
+
+    Source: Re2TAL, arXiv 2211.14053.
+    """
+    if is_rewired(model):
+        raise RewireError(
+            f"{type(model).__qualname__} is rewired already. Rewire the original, which "
+            "`rewire.rewriting.restored` gives back."
+        )
+    if plan is None:
+        plan = make_plan(model, example_inputs, trunk=trunk, include=include, exclude=exclude)
+    if not plan.chains:
+        raise NothingToRewire(_nearest_miss(plan))
+    _check(model, plan)
+    copies = _copied(model)
+    rev = copies[id(model)]
+    _install(rev, plan)
+    rev.__dict__["_rewire_plan"] = plan
+    return rev
+
+
+def is_rewired(model: nn.Module) -> bool:
+    """Whether a module came from `make_reversible`."""
+    return "_rewire_plan" in model.__dict__
+
+
+def plan_of(rev: nn.Module) -> Plan:
+    """The plan that a rewired module was made by.
+
+    Raises:
+        RewireError: The module was not rewired.
+    """
+    if not is_rewired(rev):
+        raise RewireError(
+            f"{type(rev).__qualname__} is not rewired. Pass what `rewire.make_reversible` gave "
+            "(before wrapping it)."
+        )
+    return rev.__dict__["_rewire_plan"]  # type: ignore[no-any-return]
+
+
+def restored(rev: nn.Module) -> nn.Module:
+    """The module as it was before rewiring: original classes, the very same tensors.
+
+    Raises:
+        RewireError: The module was not rewired.
+    """
+    plan_of(rev)
+    copies = _copied(rev)
+    for copy in copies.values():
+        if not isinstance(copy, RewiredHome):
+            continue
+        state = copy.__dict__.pop("_rewire")
+        copy.__dict__.pop("_chains", None)
+        for name, child in list(copy._modules.items()):  # type: ignore[attr-defined]
+            if isinstance(child, HomeChain):
+                del copy._modules[name]  # type: ignore[attr-defined]
+        del state
+        copy.__class__ = original_class(type(copy))
+    root = copies[id(rev)]
+    del root.__dict__["_rewire_plan"]
+    return root
+
+
+# ---- installing --------------------------------------------------------------------------
+
+
+def _check(model: nn.Module, plan: Plan) -> None:
+    """A plan made for another model is refused before anything is built."""
+    names = {name for name, _ in model.named_modules()}
+    for residual in plan.modules:
+        inlined = [f"{residual.home}.{name}".lstrip(".") for name in residual.inlined]
+        missing = [name for name in (residual.home, *inlined) if name not in names]
+        if missing:
+            raise RewireError(
+                f"the plan was made for {plan.model} and names a module {missing[0]!r} that "
+                f"{type(model).__qualname__} does not have. Make a plan of this model."
+            )
+
+
+def _install(rev: nn.Module, plan: Plan) -> None:
+    """Turn the homes of a copied model into rewired ones."""
+    homes = modules_by_home(plan.chains)
+    courses = [Course(chain.name, tuple(r.name for r in chain)) for chain in plan.chains]
+    trunks = trunk_of(plan.chains)
+    for name, residuals in homes.items():
+        home = rev.get_submodule(name)
+        chains: list[HomeChain] = []
+        places: dict[int, tuple[int, int]] = {}
+        for chain, course in zip(plan.chains, courses, strict=True):
+            members = [r for r in residuals if any(r is module for module in _unique(chain))]
+            if not members:
+                continue
+            for place, residual in enumerate(members):
+                places[residual.add] = (len(chains), place)
+            sites = [_sites(chain, residual.home, residual.add) for residual in members]
+            chains.append(HomeChain(course, sites, [r.name for r in members]))
+        home.__dict__["_rewire"] = HomeState(
+            tuple(residuals),
+            inner_homes(name, homes),
+            trunks[name],
+            tuple(chains),
+            tuple(places[residual.add] for residual in residuals),
+        )
+        home.__class__ = rewired_class(type(home))
+        _register(home, chains)
+
+
+def _unique(chain: Chain) -> list[Any]:
+    return list({(r.home, r.add): r for r in chain}.values())
+
+
+def _sites(chain: Chain, home: str, add: int) -> tuple[int, ...]:
+    return tuple(n for n, r in enumerate(chain) if (r.home, r.add) == (home, add))
+
+
+def _register(home: nn.Module, chains: list[HomeChain]) -> None:
+    """Make the chains children of the home, unless its children are what it runs."""
+    if isinstance(home, _CONTAINERS):
+        home.__dict__["_chains"] = chains
+        return
+    for number, chain in enumerate(chains):
+        name = "reversible" if len(chains) == 1 else f"reversible_{number}"
+        while hasattr(home, name):
+            name += "_"
+        home.add_module(name, chain)
+
+
+def _nearest_miss(plan: Plan) -> str:
+    """Why nothing was found, with the add that came closest."""
+    ranks = ("too short", "post-norm", "cannot trace", "nested", "excluded", "projection")
+    rows = sorted(
+        plan.skipped,
+        key=lambda row: ranks.index(row.reason) if row.reason in ranks else len(ranks),
+    )
+    found = f"{plan.model}: no chain of two or more residual modules was found"
+    if not rows:
+        return f"{found}, and no add of two tensors at all. Is the network residual?"
+    near = rows[0]
+    return (
+        f"{found} among {len(rows)} adds. The nearest miss is {near.where or 'the model'} at "
+        f"{near.line}: {near.reason}, {near.detail}. `rewire inspect` lists them all."
+    )
+
+
+# ---- copying -----------------------------------------------------------------------------
+
+
+def _copied(model: nn.Module) -> dict[int, nn.Module]:
+    """New module objects for a whole tree, sharing every tensor and everything else.
+
+    References between modules, also in plain lists, dicts, bound methods and partials, lead
+    to the copies, so that neither model's train() or hooks reach the other.
+    """
+    shells: dict[int, nn.Module] = {}
+    originals: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            shells[id(module)] = module
+            continue
+        shells[id(module)] = object.__new__(type(module))
+        originals.append(module)
+    for module in originals:
+        shell = shells[id(module)]
+        for name, value in module.__dict__.items():
+            shell.__dict__[name] = _redirected(name, value, shells)
+    return shells
+
+
+def _redirected(name: str, value: Any, shells: dict[int, nn.Module]) -> Any:
+    """An attribute for the copy: containers copied, modules of the tree replaced."""
+    if name == "_modules":
+        return type(value)((key, shells.get(id(m), m)) for key, m in value.items())
+    if name in _REGISTRIES or (name.endswith("_hooks") and isinstance(value, dict)):
+        return _rebound(value, shells) if isinstance(value, OrderedDict) else value.copy()
+    return _rebound(value, shells)
+
+
+def _rebound(value: Any, shells: dict[int, nn.Module]) -> Any:
+    """`value` with references to modules of the tree leading to their copies."""
+    if isinstance(value, nn.Module):
+        return shells.get(id(value), value)
+    if isinstance(value, types.MethodType):
+        owner = _rebound(value.__self__, shells) if isinstance(value.__self__, nn.Module) else None
+        return value if owner is None else types.MethodType(value.__func__, owner)
+    if type(value) is functools.partial:
+        arguments = [_rebound(item, shells) for item in value.args]
+        keywords = {key: _rebound(item, shells) for key, item in value.keywords.items()}
+        return functools.partial(_rebound(value.func, shells), *arguments, **keywords)
+    if type(value) in (list, tuple, set):
+        return type(value)(_rebound(item, shells) for item in value)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _rebound(item, shells)) for key, item in value.items())
+    return value

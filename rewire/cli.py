@@ -99,7 +99,7 @@ def inspect(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show the chains that would be made reversible, and every add left alone, with its reason.
+    """Show the chains to be made reversible, and the adds left alone with reasons.
 
     \b
     Examples:
@@ -131,7 +131,8 @@ def inspect(
 def convert(
     model: Model,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="OUT", help="The file to write.", show_default=False)
+        Path,
+        typer.Option("--out", "-o", metavar="OUT", help="The file to write.", show_default=False),
     ],
     arch: Arch = None,
     trust: Trust = None,
@@ -147,7 +148,9 @@ def convert(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a reversible version of MODEL to OUT: how to build it, the plan and the tensors.
+    """Write a reversible version of MODEL to OUT.
+
+    OUT holds how to build the model, the plan and the tensors, and no code.
 
     \b
     Examples:
@@ -174,8 +177,9 @@ def convert(
             return
         console().print(plan_summary(done.plan))
         typer.echo(f"from {done.source}\nwrote {out} ({human_bytes(done.out_bytes)})\n")
-        typer.echo(f"Next: check it with\n  rewire verify {out}\nand train it with")
-        typer.echo(f"  import rewire\n  rev = rewire.load({_load_arguments(out, trust)})")
+        admitted = "".join(f" --trust {package}" for package in done.trust)
+        typer.echo(f"Next: check it with\n  rewire verify {out}{admitted}\nand train it with")
+        typer.echo(f"  import rewire\n  rev = rewire.load({_load_arguments(out, done.trust)})")
 
 
 @app.command()
@@ -337,7 +341,5 @@ def _failed(verdict: Verdict) -> str:
     return f"{len(names)} of {len(verdict.checks)} checks failed ({', '.join(names)})"
 
 
-def _load_arguments(out: Path, trust: list[str] | None) -> str:
-    return repr(str(out)) + (f", trust={trust!r}" if trust else "")
-
-
+def _load_arguments(out: Path, trust: tuple[str, ...]) -> str:
+    return repr(str(out)) + (f", trust={list(trust)!r}" if trust else "")

@@ -27,12 +27,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted and written."""
+    """What was converted and written; `trust` is what loading it will need."""
 
     source: str
     plan: Plan
     out: Path
     out_bytes: int
+    trust: tuple[str, ...] = ()
 
 
 def opened(model: str, request: Request) -> Source:
@@ -74,4 +75,8 @@ def convert(
         save(rev, out, source=source.recipe)
         if export is not None:
             export_state_dict(rev, export)
-    return Conversion(source.description, plan, out, out.stat().st_size)
+    trust = tuple(request.trust)
+    if source.recipe is not None:  # then only a user's own builder needs trust
+        called = source.recipe.kind == "import"
+        trust = (source.recipe.name.partition(":")[0].split(".")[0],) if called else ()
+    return Conversion(source.description, plan, out, out.stat().st_size, trust)

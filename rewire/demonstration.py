@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _MODEL = "vit_small_patch16_224"
 _SEED = 0
-_BATCH = 4
+_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ def demonstrate(folder: Path) -> Demonstration:
     import timm
 
     model_path, rewired_path = folder / "model.pt", folder / "rev_model.pt"
-    with progress(f"Making timm's {_MODEL} and saving it as {model_path}"):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
-            torch.save(timm.create_model(_MODEL), model_path)
-            image = torch.randn(_BATCH, 3, 224, 224)
+    making = progress(f"Making timm's {_MODEL} and saving it as {model_path}")
+    with making, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        torch.save(timm.create_model(_MODEL), model_path)
+        image = torch.randn(_BATCH, 3, 224, 224)
     conversion = convert(str(model_path), rewired_path)
     with progress(f"Loading {rewired_path}"):
         rev = load(rewired_path)

@@ -63,9 +63,8 @@ class Link:
     Attributes:
         course: The chain.
         site: Number of the residual module that made the tensor; -1 before the first.
+        newest: The newest stream, with its graph; never the visible tensor itself.
         older: The older stream, with its graph.
-        newest: The newest stream, where it is not the visible tensor itself (the stream is of
-            higher precision, or an activation stands between).
         tape: None where nothing is recorded.
         position: Number of steps on the tape when the tensor was made.
         version: Version counter of the visible tensor.
@@ -74,8 +73,8 @@ class Link:
 
     course: Course
     site: int
+    newest: Tensor
     older: Tensor
-    newest: Tensor | None
     tape: Tape | None
     position: int
     version: int
@@ -83,20 +82,16 @@ class Link:
 
     def streams(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Layout, Layout] | None]:
         """Both streams in the layout of `x`, the visible tensor or a view of all of it."""
-        newest = x if self.newest is None else self.newest
-        older = self.older
-        if self.newest is None and older.shape == x.shape and older.stride() == x.stride():
-            return newest, older, None
-        before, inside = layout(older), layout(x)
+        newest, older = self.newest, self.older
+        before, inside = layout(newest), layout(x)
         if before == inside:
             return newest, older, None
-        if x.numel() != older.numel():
+        if x.numel() != newest.numel():
             raise StreamMismatch(
                 f"{self.course.name}: the tensor handed on is {list(x.shape)}, the stream "
-                f"{list(older.shape)}. Hand on the whole stream, or rewire with `exclude=`."
+                f"{list(newest.shape)}. Hand on the whole stream, or rewire with `exclude=`."
             )
-        newest = x if self.newest is None else relaid(newest, inside)
-        return newest, relaid(older, inside), (before, inside)
+        return relaid(newest, inside), relaid(older, inside), (before, inside)
 
 
 def layout(stream: Tensor) -> Layout:

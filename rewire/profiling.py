@@ -11,7 +11,7 @@ import gc
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -223,6 +223,34 @@ def floating_tensors(value: Any) -> Iterator[Tensor]:
         items = [getattr(value, field.name) for field in fields(value)]
     for item in items:
         yield from floating_tensors(item)
+
+
+@contextmanager
+def saved_inside(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """Count the bytes that autograd keeps for backward while one of `modules` runs.
+
+    What saved-tensor hooks inside them take (a reversible chain's, checkpoint's) does not
+    count: autograd hands a tensor to the innermost hooks only.
+
+    Yields:
+        Bytes by name of the module, filled while forward runs; nothing kept, no entry.
+    """
+    running: list[str] = []
+    kept: dict[str, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if running:
+            kept[running[-1]] = kept.get(running[-1], 0) + tensor.nbytes
+        return tensor
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            enter = module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+            leave = module.register_forward_hook(lambda *_: running.pop() and None)
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t))
+        yield kept
 
 
 @contextmanager

@@ -23,27 +23,40 @@ _TRUNKS = {
 
 
 class CheckRow(Protocol):
-    """What a row of a verdict's table needs."""
+    """What a row of a verdict's table needs; `verification.Check` has it."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What was checked."""
+
     @property
-    def measured(self) -> float: ...
+    def measured(self) -> float:
+        """The number found."""
+
     @property
-    def limit(self) -> float: ...
+    def limit(self) -> float:
+        """The largest that passes."""
+
     @property
-    def unit(self) -> str: ...
+    def unit(self) -> str:
+        """Of both numbers."""
+
     @property
-    def detail(self) -> str: ...
+    def detail(self) -> str:
+        """Where the worst was found."""
+
     @property
-    def passed(self) -> bool: ...
+    def passed(self) -> bool:
+        """Whether the number is within the limit."""
 
 
 def console(file: IO[str] | None = None, *, stderr: bool = False) -> Console:
     """A console as wide as the terminal, or 100 columns where there is none."""
     found = Console(file=file, stderr=stderr, highlight=False, soft_wrap=False)
-    return found if found.is_terminal else Console(
-        file=file, stderr=stderr, highlight=False, width=_WIDTH
+    return (
+        found
+        if found.is_terminal
+        else Console(file=file, stderr=stderr, highlight=False, width=_WIDTH)
     )
 
 
@@ -110,11 +123,11 @@ def human_bytes(count: float) -> str:
     """
     if count < 1000:
         return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB"):
+    for unit in ("kB", "MB"):
         count /= 1000
         if count < 999.95:
-            break
-    return f"{count:.1f} {unit}"
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} GB"
 
 
 def _counted(count: int, noun: str) -> str:

@@ -177,8 +177,7 @@ def open_chain(course: Course, x: Tensor) -> Link:
     """The link at the start of a chain: both streams are `x`."""
     stream = _stream(x)
     tape = Tape(course.name, course.arithmetic, stream, stream) if recording(course) else None
-    newest = None if stream is x else stream
-    return Link(course, -1, stream, newest, tape, 0, version(x))
+    return Link(course, -1, stream, stream, tape, 0, version(x))
 
 
 def resume(course: Course, sites: Sequence[int], x: Tensor) -> tuple[int, Link]:
@@ -226,15 +225,17 @@ def advance(
     course.run.site = -1 if last else site
     visible = course.arithmetic.merge(following, newest) if last else following
     visible = visible.to(x.dtype)
-    stream = None if visible is following else following
+    if visible is following:
+        # Another tensor object on purpose: links hang on visible tensors and hold streams. Were
+        # these the same objects, each link would keep the one before it, and the whole past.
+        visible = following.view_as(following)
     position = 0 if tape is None else len(tape.steps)
-    made = Link(course, site, newest, stream, tape, position, version(visible))
+    made = Link(course, site, following, newest, tape, position, version(visible))
     return visible, made, output.sideways
 
 
 def follow(link: Link, x: Tensor, call: Callable[[Tensor], Tensor]) -> tuple[Tensor, Link]:
     """Run an activation T on the trunk; the next module has x_i and T(x_i)."""
-    newest = x if link.newest is None else link.newest
     tail = Tail(call, Record(f"{link.course.sites[link.site]} (trunk)"), x.dtype)
     if link.tape is None or len(link.tape.steps) != link.position:
         result = call(x)
@@ -243,8 +244,8 @@ def follow(link: Link, x: Tensor, call: Callable[[Tensor], Tensor]) -> tuple[Ten
     made = Link(
         link.course,
         link.site,
+        link.newest,
         link.older,
-        newest,
         link.tape,
         link.position,
         version(result),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from urllib.parse import parse_qsl
 
 from torch import Tensor, nn
 
+from rewire.checkpoints import WEIGHT_KEYS, difference, found_in, without_prefixes
 from rewire.errors import BadFile
 from rewire.fileforms import form_of
 from rewire.unpickling import first_line, imported, read_pickle
@@ -30,11 +32,6 @@ _FORMS = (
     "a file (.pt, .pth, .safetensors), timm/NAME, torchvision/NAME, "
     "transformers/path/to/config.json or package.module:callable"
 )
-_WEIGHT_KEYS = (
-    "state_dict model_state_dict model net network module ema ema_state_dict model_ema "
-    "state_dict_ema weights params teacher student"
-).split()
-_PREFIXES = ("module.", "_orig_mod.", "model.")
 # Arguments that fetch or read other files: weights come from the file alone.
 _FETCHING = ("pretrained", "checkpoint", "weights", "cache", "progress")
 
@@ -133,6 +130,8 @@ def build(recipe: Recipe, *, pretrained: bool = False) -> nn.Module:
     fetching = [key for key in recipe.options if key.startswith(_FETCHING)]
     if fetching and recipe.kind in ("timm", "torchvision"):
         raise BadFile(f"{where}: {fetching[0]}= is not taken; --pretrained fetches weights.")
+    # The hub's client reports each of its retries; one line at the end says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         model = builder(recipe, where, pretrained)
     except BadFile:
@@ -215,7 +214,8 @@ def _build_transformers(recipe: Recipe, where: str, pretrained: bool) -> Any:
         raise BadFile(f"{where}: the configuration names no model_type.")
     config = transformers.AutoConfig.for_model(model_type, **options)
     if recipe.name == "AutoModel":
-        return transformers.AutoModel.from_config(config, trust_remote_code=False)
+        automatic: Any = transformers.AutoModel
+        return automatic.from_config(config, trust_remote_code=False)
     chosen = getattr(transformers, recipe.name, None)
     if not (inspect.isclass(chosen) and issubclass(chosen, transformers.PreTrainedModel)):
         raise BadFile(f"{where}: transformers {transformers.__version__} has no such model.")
@@ -296,7 +296,7 @@ def _open_file(path: Path, arch: str | None, trust: Sequence[str]) -> Source:
         loaded = read_pickle(path, str(path), trust=trust, inert=arch is not None)
     if isinstance(loaded, Mapping) and loaded.get("format") == "rewire":
         raise BadFile(f"{path}: already rewired. Check it with rewire verify {path}.")
-    module, weights, where = _found_in(loaded)
+    module, weights, where = found_in(loaded)
     if arch is not None:
         return _open_weights(path, weights if module is None else module.state_dict(), where, arch)
     if module is not None:
@@ -309,64 +309,18 @@ def _open_file(path: Path, arch: str | None, trust: Sequence[str]) -> Source:
     raise BadFile(f"{path}: holds {type(loaded).__name__}, neither a model nor a state_dict.")
 
 
-def _found_in(loaded: Any) -> tuple[nn.Module | None, dict[str, Tensor], str]:
-    """The module or the state_dict in what a file held, and under which key."""
-    if isinstance(loaded, nn.Module):
-        return loaded, {}, ""
-    if not isinstance(loaded, Mapping):
-        return None, {}, ""
-    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
-    if tensors and all(
-        isinstance(value, Tensor) or "extra" in key for key, value in loaded.items()
-    ):
-        return None, tensors, ""
-    for key in _WEIGHT_KEYS:
-        module, weights, where = _found_in(loaded.get(key))
-        if module is not None or weights:
-            return module, weights, f" under {key!r}{where}"
-    return None, {}, ""
-
-
 def _open_weights(path: Path, weights: dict[str, Tensor], where: str, arch: str) -> Source:
     if not weights:
         raise BadFile(
             f"{path}: no state_dict found, neither the file itself nor under the keys "
-            f"{', '.join(_WEIGHT_KEYS[:5])}, ... Save one with torch.save(model.state_dict(), path)."
+            f"{', '.join(WEIGHT_KEYS[:5])}, ... "
+            "Save one with torch.save(model.state_dict(), path)."
         )
     recipe = parse_recipe(arch)
     module = build(recipe)
     expected = module.state_dict()
-    weights, stripped = _without_prefixes(weights, expected)
-    if problem := _difference(weights, expected):
+    weights, stripped = without_prefixes(weights, expected)
+    if problem := difference(weights, expected):
         raise BadFile(f"{path}: does not fit {arch}: {problem}")
     module.load_state_dict(weights)
     return Source(module, recipe, f"{path}, state_dict{where}{stripped}, in {arch}")
-
-
-def _without_prefixes(
-    weights: dict[str, Tensor], expected: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], str]:
-    """`weights` without what DDP, torch.compile and Lightning put before every key."""
-    stripped = ""
-    while True:
-        prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in weights)), None)
-        if prefix is None or all(key.startswith(prefix) for key in expected):
-            return weights, f" (prefix {stripped} removed)" if stripped else ""
-        stripped += prefix
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-
-
-def _difference(weights: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:
-    """How weights differ from what a model expects, in words; empty if they fit."""
-    lacking = [key for key in expected if key not in weights and "_extra_state" not in key]
-    surplus = [key for key in weights if key not in expected]
-    if lacking or surplus:
-        first = f" (first: {(lacking or surplus)[0]})"
-        return f"{len(lacking)} keys are missing and {len(surplus)} are unknown{first}."
-    for key, value in weights.items():
-        if value.shape != expected[key].shape:
-            return (
-                f"{key} is {list(value.shape)} in the file and {list(expected[key].shape)} in the "
-                "model. Arguments go behind the name, e.g. timm/NAME?num_classes=10."
-            )
-    return ""

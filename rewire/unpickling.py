@@ -2,7 +2,7 @@
 
 torch's weights-only unpickler calls whatever stands on its allow list. A pickled model
 needs module classes there, so before it runs, the pickle's program is followed here
-(`_Follower`): classes may be *made* (`__new__`) and filled, but only a short list of plain
+(`pickles.Follower`): classes may be *made* (`__new__`) and filled, but only a short list of plain
 constructors may be *called*. Two locks, then: names outside torch.nn, torchvision and timm
 are refused, and of the names inside none of the modules' constructors runs.
 """
@@ -14,28 +14,30 @@ import functools
 import inspect
 import io
 import os
-import pickletools
 import sys
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from types import MethodType, ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
 from rewire.errors import BadFile
+from rewire.pickles import REBUILDS, Follower, Name
 
 _PACKAGES = ("torch.nn", "torchvision.models", "torchvision.ops", "timm.models", "timm.layers")
 # Constructors in these build code from what they are given, or talk to other processes.
 _NEVER = ("timm.models._features_fx", "torch.nn.parallel", "torch.nn.utils.parametrize")
 _BLOCKED = ("sys", "os", "posix", "nt")
-_ACTIVATIONS = frozenset(
-    "celu elu gelu glu hardsigmoid hardswish hardtanh leaky_relu log_softmax logsigmoid mish "
-    "relu relu6 selu sigmoid silu softmax softmin softplus softsign tanh tanhshrink".split()
-)
+# fmt: off
+_ACTIVATIONS = frozenset((
+    "celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
+    "log_softmax", "logsigmoid", "mish", "relu", "relu6", "selu", "sigmoid", "silu", "softmax",
+    "softmin", "softplus", "softsign", "tanh", "tanhshrink",
+))
+# fmt: on
 _LISTED = frozenset(
     {
         "functools.partial",
@@ -65,19 +67,6 @@ _CALLABLE = frozenset(
         "torch.serialization._get_layout",
     }
 )
-_REBUILDS = "torch._utils._rebuild_"
-_TYPED_REBUILD = "torch._tensor._rebuild_from_type_v2"
-_LIST = object()
-
-
-class _Name(NamedTuple):
-    """A global that a pickle refers to."""
-
-    module: str
-    qualname: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.qualname}"
 
 
 class _Inert:
@@ -153,7 +142,7 @@ def first_line(error: BaseException) -> str:
 
 def _is_archive(file: str | Path | io.BytesIO) -> bool:
     if isinstance(file, io.BytesIO):
-        return file.getbuffer()[:4] == b"PK\x03\x04"
+        return file.getvalue()[:4] == b"PK\x03\x04"
     with open(file, "rb") as stream:
         return stream.read(4) == b"PK\x03\x04"
 
@@ -176,7 +165,7 @@ def _admitted(
 ) -> list[tuple[Any, str]]:
     """The allow list for one file: every global it names, resolved or refused."""
     check_trust(trust)
-    follower = _Follower(where)
+    follower = Follower(where)
     try:
         reader = torch._C.PyTorchFileReader(file if isinstance(file, io.BytesIO) else str(file))
         follower.follow(reader.get_record("data.pkl"))
@@ -203,12 +192,12 @@ def _tensor_names() -> frozenset[str]:
     return frozenset(_get_allowed_globals())
 
 
-def _resolved(name: _Name, where: str, trust: Sequence[str], inert: bool) -> Any:
+def _resolved(name: Name, where: str, trust: Sequence[str], inert: bool) -> Any:
     """What a name stands for, if it is admitted."""
     found = _listed(name)
     if found is None and _is_trusted(name, trust):
         found = _lookup(name, imported(name.module, where))
-        if found is None or not _is_trusted(_Name(str(found.__module__), ""), trust):
+        if found is None or not _is_trusted(Name(str(found.__module__), ""), trust):
             raise BadFile(
                 f"{where}: {name} is no class of the trusted package. "
                 "The file does not fit the installed version."
@@ -220,7 +209,7 @@ def _resolved(name: _Name, where: str, trust: Sequence[str], inert: bool) -> Any
     return found
 
 
-def _listed(name: _Name) -> Any:
+def _listed(name: Name) -> Any:
     """The object of a name on the list, else None."""
     if str(name) in _STAND_INS:
         return _STAND_INS[str(name)]
@@ -241,7 +230,7 @@ def _listed(name: _Name) -> Any:
     return found if is_module and not issubclass(found, unsafe) else None
 
 
-def _lookup(name: _Name, module: ModuleType) -> Any:
+def _lookup(name: Name, module: ModuleType) -> Any:
     """`module.qualname` where that is defined in `module` itself, else None."""
     found: Any = module
     for part in name.qualname.split("."):
@@ -255,11 +244,11 @@ def _within(module: str, packages: Sequence[str]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
-def _is_trusted(name: _Name, trust: Sequence[str]) -> bool:
+def _is_trusted(name: Name, trust: Sequence[str]) -> bool:
     return name.module not in _BLOCKED and _within(name.module, trust)
 
 
-def _refusal(name: _Name) -> str:
+def _refusal(name: Name) -> str:
     package = name.module.split(".")[0]
     if package in sys.stdlib_module_names:
         return (
@@ -273,9 +262,9 @@ def _refusal(name: _Name) -> str:
     )
 
 
-def _check_called(name: _Name, found: Any, where: str, trust: Sequence[str]) -> None:
+def _check_called(name: Name, found: Any, where: str, trust: Sequence[str]) -> None:
     """Refuse a pickle that calls a class or function which may only be referred to."""
-    plain = str(name) in _CALLABLE or str(name).startswith(_REBUILDS)
+    plain = str(name) in _CALLABLE or str(name).startswith(REBUILDS)
     data = found in (_Inert, _plain_dict) or (
         inspect.isclass(found) and issubclass(found, enum.Enum)
     )
@@ -298,7 +287,7 @@ def _fetched(owner: Any, name: str) -> Callable[..., Any]:
         raise BadFile(f"{name!r} of {type(owner).__name__} is no forward method of a module")
     if not inspect.isfunction(method):
         raise BadFile(f"{name!r} of {type(owner).__name__} is no method")
-    return method.__get__(owner)  # type: ignore[no-any-return]
+    return MethodType(method, owner)
 
 
 _STAND_INS: dict[str, Any] = {
@@ -309,118 +298,3 @@ _STAND_INS: dict[str, Any] = {
 
 def _plain_dict(*args: Any) -> dict[Any, Any]:
     return {}
-
-
-class _Follower:
-    """Follows a pickle's program without running it: which globals, which calls.
-
-    Mirrors the stack of `torch._weights_only_unpickler` for names, tuples and empty lists;
-    everything else is None. An operation that the mirror doesn't know is refused.
-    """
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-        self.names: set[_Name] = set()
-        self.called: set[_Name] = set()
-        self._stack: list[Any] = []
-        self._outer: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
-
-    def follow(self, program: bytes) -> None:
-        """Read the program to its end; fills `names` and `called`."""
-        for operation, argument, _ in pickletools.genops(program):
-            name = operation.name
-            if name in _PUSHED:
-                self._stack.append(_PUSHED[name])
-            elif name in _POPPED:
-                self._pop(_POPPED[name])
-            elif name.startswith("TUPLE"):
-                self._make_tuple(name)
-            elif (handler := getattr(self, f"_on_{name.lower()}", None)) is not None:
-                handler(argument)
-            elif name not in ("PROTO", "STOP"):
-                raise BadFile(
-                    f"{self.where}: a pickle with {name}, of another protocol than torch.save's. "
-                    "Write it again with torch.save(model, path), no pickle_protocol."
-                )
-
-    def _pop(self, count: int) -> list[Any]:
-        if len(self._stack) < count:
-            raise BadFile(f"{self.where}: a damaged pickle (its stack runs empty).")
-        taken = self._stack[len(self._stack) - count :]
-        del self._stack[len(self._stack) - count :]
-        return taken
-
-    def _make_tuple(self, name: str) -> None:
-        if name == "TUPLE":
-            items, self._stack = self._stack, self._outer.pop()
-        else:
-            items = self._pop(int(name.removeprefix("TUPLE")))
-        self._stack.append(tuple(items))
-
-    def _on_global(self, argument: str) -> None:
-        module, _, qualname = argument.partition(" ")
-        if (module, qualname) in NAME_MAPPING:
-            module, qualname = NAME_MAPPING[(module, qualname)]
-        name = _Name(IMPORT_MAPPING.get(module, module), qualname)
-        self.names.add(name)
-        self._stack.append(name)
-
-    def _on_reduce(self, argument: None) -> None:
-        function, args = self._pop(2)
-        if not isinstance(function, _Name):
-            raise BadFile(f"{self.where}: calls a computed value while loading. Refused.")
-        if not _is_plain_call(str(function), args):
-            self.called.add(function)
-        self._stack.append(None)
-
-    def _on_mark(self, argument: None) -> None:
-        self._outer.append(self._stack)
-        self._stack = []
-
-    def _on_newobj(self, argument: None) -> None:
-        self._pop(2)
-        self._stack.append(None)
-
-    def _on_appends(self, argument: None) -> None:
-        self._stack = self._outer.pop()
-
-    _on_setitems = _on_appends
-
-    def _on_binpersid(self, argument: None) -> None:
-        self._pop(1)
-        self._stack.append(None)
-
-    def _on_binget(self, argument: int) -> None:
-        self._stack.append(self._memo[argument])
-
-    _on_long_binget = _on_binget
-
-    def _on_binput(self, argument: int) -> None:
-        self._memo[argument] = self._stack[-1]
-
-    _on_long_binput = _on_binput
-
-
-_EMPTY = "EMPTY_DICT EMPTY_SET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 BINFLOAT BINUNICODE"
-_PUSHED: dict[str, Any] = {
-    **dict.fromkeys([*_EMPTY.split(), "SHORT_BINSTRING", "LONG1"]),
-    "EMPTY_LIST": _LIST,
-    "EMPTY_TUPLE": (),
-}
-_POPPED = {"BUILD": 1, "APPEND": 1, "SETITEM": 2}
-
-
-def _is_plain_call(function: str, args: Any) -> bool:
-    """A call whose safety depends on its arguments, with safe ones.
-
-    Given a module, dict and set constructors would call its `keys`, and the typed rebuild
-    calls its first argument.
-    """
-    if function == "collections.OrderedDict":
-        return bool(args == ())
-    if function == "builtins.set":
-        return bool(args == (_LIST,) or args == ())
-    if function == _TYPED_REBUILD:
-        return isinstance(args, tuple) and bool(args) and str(args[0]).startswith(_REBUILDS)
-    return False

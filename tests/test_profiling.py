@@ -15,7 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 import rewire.profiling
 from rewire.errors import RewireError
-from rewire.profiling import LiveBytes, Profile, floating_tensors, profile, scalar_loss
+from rewire.profiling import (
+    LiveBytes,
+    Profile,
+    floating_tensors,
+    profile,
+    saved_inside,
+    scalar_loss,
+)
 
 KB = 1024
 ROW = 256  # floats in 1 KB
@@ -171,6 +178,26 @@ def test_plain_saved_bytes_by_hand() -> None:
     assert hidden + 2 * out <= result.peak_bytes <= 3 * hidden + 4 * out
     assert result.left_bytes == 0
     assert result.step_seconds > 0
+
+
+def test_saved_inside_counts_what_the_modules_keep() -> None:
+    """exp keeps its result, here in the module named, in another, and under hooks."""
+
+    class Exp(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.exp()
+
+    named, other = Exp(), Exp()
+    x = torch.zeros(ROW, requires_grad=True)
+    with saved_inside({"named": named}) as kept:
+        y = other(named(x))
+        assert kept == {"named": KB}
+        checkpoint(named, y, use_reentrant=False)
+        with saved_tensors_hooks(lambda _: None, lambda _: x):
+            named(y)
+        assert kept == {"named": KB}, "the innermost hooks have the rest"
+    assert not named._forward_hooks
+    assert not named._forward_pre_hooks
 
 
 def test_leaves_the_model_as_it_was() -> None:

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import timm
 import torch
+import torchvision
 import transformers
 from faults import FAULTS
 from torch import Tensor, nn
@@ -88,7 +89,6 @@ def test_each_fault_is_caught(name: str) -> None:
         verdict = verify(rev, x, float64=True, original=model)
     assert not verdict[check].passed, str(verdict)
     assert not verdict.passed
-    assert verify(rev, x, float64=True, original=model).passed, "the fault undid itself"
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -113,7 +113,7 @@ MODELS = {
     "timm ViT": lambda: timm.create_model(
         "vit_tiny_patch16_224", img_size=64, depth=3, drop_path_rate=0.2, proj_drop_rate=0.1
     ),
-    "timm ResNet": lambda: timm.create_model("resnet26", num_classes=7),
+    "torchvision ResNet": lambda: torchvision.models.resnet18(num_classes=7),
     "transformers ViT": lambda: transformers.ViTModel(
         transformers.ViTConfig(**SMALL, image_size=32, patch_size=8)
     ),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from rewire.plans import Chain, Residual, Skipped
-from rewire.residuals import Found, is_addition, trunk_kind
+from rewire.residuals import Found, common_prefix, is_addition, trunk_kind
 from rewire.watching import Watched
 
 _MOST = 0.5  # a chain nested in a branch is kept instead of it from this share of its operations
@@ -73,7 +74,8 @@ def _name(watched: Watched, found: Sequence[Found]) -> list[Draft]:
     by_home: dict[int, list[Found]] = {}
     for one in found:
         by_home.setdefault(one.home, []).append(one)
-    drafts, named = [], {}
+    drafts: list[Draft] = []
+    named: dict[tuple[str, int], str] = {}
     for home, residuals in by_home.items():
         inlined = _inlined(watched, home, residuals)
         ranks = _ranks(watched, home, inlined)
@@ -302,7 +304,7 @@ def _nesting(chains: list[list[Draft]], skipped: list[Skipped]) -> list[list[Dra
 def _finished(watched: Watched, drafts: list[Draft], trunk: str) -> Chain:
     modules = tuple(draft.residual for draft in drafts)
     taps = []
-    for draft, following in zip(drafts, drafts[1:], strict=False):
+    for draft, following in itertools.pairwise(drafts):
         own = {*following.found.branch, *following.found.adds, *following.found.trunk}
         values = {draft.found.add, *following.found.trunk}
         users = {user for value in values for user in watched.graph.successors(value)}
@@ -321,13 +323,7 @@ def _finished(watched: Watched, drafts: list[Draft], trunk: str) -> Chain:
 
 def _common(names: list[str]) -> str:
     """The qualified name that all names begin with."""
-    parts = [name.split(".") for name in names]
-    common = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return ".".join(common)
+    return ".".join(common_prefix([name.split(".") for name in names]))
 
 
 def _uniquely_named(chains: list[Chain]) -> list[Chain]:

@@ -17,7 +17,7 @@ import typer
 from rewire.errors import RewireError
 
 if TYPE_CHECKING:
-    from rewire.conversion import Request
+    from rewire.conversion import Conversion, Request
     from rewire.demonstration import Demonstration
     from rewire.verification import Verdict
 
@@ -168,18 +168,9 @@ def convert(
     with _one_line_errors(debug):
         request = _request(options, shape)
         from rewire import conversion
-        from rewire.report import console, human_bytes, plan_summary
 
         done = conversion.convert(model, out, request, export_state_dict)
-        if as_json:
-            written = {"source": done.source, "out": str(out), "bytes": done.out_bytes}
-            _print_json({**written, "plan": done.plan.to_dict()})
-            return
-        console().print(plan_summary(done.plan))
-        typer.echo(f"from {done.source}\nwrote {out} ({human_bytes(done.out_bytes)})\n")
-        admitted = "".join(f" --trust {package}" for package in done.trust)
-        typer.echo(f"Next: check it with\n  rewire verify {out}{admitted}\nand train it with")
-        typer.echo(f"  import rewire\n  rev = rewire.load({_load_arguments(out, done.trust)})")
+        _print_conversion(done, as_json)
 
 
 @app.command()
@@ -315,6 +306,24 @@ def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2))
 
 
+def _print_conversion(done: Conversion, as_json: bool) -> None:
+    if as_json:
+        written = {"source": done.source, "out": str(done.out), "bytes": done.out_bytes}
+        _print_json({**written, "plan": done.plan.to_dict()})
+        return
+    from rewire.report import console, human_bytes, plan_summary
+
+    out, trust = done.out, list(done.trust)
+    console().print(plan_summary(done.plan))
+    admitted = "".join(f" --trust {package}" for package in trust)
+    arguments = repr(str(out)) + (f", trust={trust!r}" if trust else "")
+    typer.echo(
+        f"from {done.source}\nwrote {out} ({human_bytes(done.out_bytes)})\n\n"
+        f"Next: check it with\n  rewire verify {out}{admitted}\nand train it with\n"
+        f"  import rewire\n  rev = rewire.load({arguments})"
+    )
+
+
 def _print_verdict(verdict: Verdict, title: str, as_json: bool) -> None:
     if as_json:
         _print_json(verdict.to_dict())
@@ -339,7 +348,3 @@ def _print_demonstration(shown: Demonstration, keep: Path | None) -> None:
 def _failed(verdict: Verdict) -> str:
     names = [check.name for check in verdict.checks if not check.passed]
     return f"{len(names)} of {len(verdict.checks)} checks failed ({', '.join(names)})"
-
-
-def _load_arguments(out: Path, trust: tuple[str, ...]) -> str:
-    return repr(str(out)) + (f", trust={list(trust)!r}" if trust else "")

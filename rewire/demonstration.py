@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _MODEL = "vit_small_patch16_224"
 _SEED = 0
 _BATCH = 2
+_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def demonstrate(folder: Path) -> Demonstration:
     with making, torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         torch.save(timm.create_model(_MODEL), model_path)
-        image = torch.randn(_BATCH, 3, 224, 224)
+        image = torch.randn(_BATCH, 3, _SIZE, _SIZE)
     conversion = convert(str(model_path), rewired_path)
     with progress(f"Loading {rewired_path}"):
         rev = load(rewired_path)

@@ -363,9 +363,8 @@ def _sink(trace: Trace, pieces: list[_Piece]) -> None:
     for node in reversed(list(trace.graph.nodes)):
         if node.op == "placeholder" or node in fixed or node in trace.mutations:
             continue
-        readers = {owner.get(user) for user in node.users}
         terms = {piece for piece in pieces if node in piece.terms}
-        readers = {reader for reader in readers if reader is not None} | terms
+        readers = {owner[user] for user in node.users if user in owner} | terms
         outside = any(
             user not in owner and not any(user in p.adds for p in terms) for user in node.users
         )

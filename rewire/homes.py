@@ -7,10 +7,10 @@ traces) the program for the arguments at hand and runs it. Everything else of it
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +23,12 @@ from rewire.links import Course, find
 from rewire.planning import program_for
 from rewire.plans import Residual
 from rewire.replay import Statistics
-from rewire.reversible import ReversibleSequential, advance, attach, follow, resume
+from rewire.reversible import ReversibleSequential, advance, attach, dense, follow, resume
 from rewire.structure import flatten, unflatten
-from rewire.tape import Output
+from rewire.tape import Branch, Output
 
 _MOST_PROGRAMS = 64
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -87,8 +88,9 @@ class HomeChain(ReversibleSequential):
         """Run these residual modules alone, as a chain of their own."""
         if not self.branches:
             raise CannotTrace(f"{self.names[0]}: run the model once, its branches are not traced")
-        alone = ReversibleSequential([partial(_first, branch) for branch in self.branches])
-        return alone(x, *sides)
+        alone = ReversibleSequential([partial(_only_branch, b) for b in self.branches])
+        result: Tensor = alone(x, *sides)
+        return result
 
     def extra_repr(self) -> str:
         """Chain, coupling, and each module with its place in the chain."""
@@ -99,8 +101,8 @@ class HomeChain(ReversibleSequential):
         return "\n".join(rows)
 
 
-def _first(branch: HomeBranch, x: Tensor, *sides: Any) -> Tensor:
-    return branch(x, sides)[0]  # type: ignore[no-any-return]
+def _only_branch(branch: Branch, x: Tensor, *sides: Any) -> Tensor:
+    return branch(x, sides).branch
 
 
 @dataclass(eq=False)
@@ -187,6 +189,7 @@ class HomeRun:
     def step(self, number: int, x: Tensor, *sides: Any) -> tuple[Any, ...]:
         """Run the home's residual module `number`; its visible result and sideways values."""
         course, sites = self._place(number)
+        x = dense(x)
         site, link = resume(course, sites, x)
         visible, link, sideways = advance(link, site, x, self._branches[number], sides)
         if site < len(course.sites) - 1:
@@ -195,7 +198,9 @@ class HomeRun:
 
     def follow(self, number: int, x: Tensor) -> Tensor:
         """Run the activation behind sum `number`."""
-        tail = partial(self._program.tails[number], self._home)  # type: ignore[arg-type]
+        code = self._program.tails[number]
+        assert code is not None, "a program follows only sums that have an activation"
+        tail: Callable[[Tensor], Tensor] = partial(code, self._home)
         link = find(x, self._place(number)[0])
         if link is None:  # the chain has ended: the activation follows its merge
             return tail(x)
@@ -256,9 +261,14 @@ def _revive(original: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-@lru_cache(maxsize=None)
 def rewired_class(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `original` that runs in two-stream form; it bears the same name."""
+    if original not in _CLASSES:
+        _CLASSES[original] = _subclass(original)
+    return _CLASSES[original]
+
+
+def _subclass(original: type[nn.Module]) -> type[nn.Module]:
     names = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,

@@ -6,7 +6,7 @@ import functools
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,11 +104,11 @@ def _same_content(value: Any, content: Any) -> bool:
     return all(a is b for a, b in zip(value, content, strict=True))
 
 
-def _lru_caches(model: nn.Module) -> list[Callable[..., Any]]:
+def _lru_caches(model: nn.Module) -> list[functools._lru_cache_wrapper[Any]]:
     """The `functools.lru_cache`s in modules of the packages that define the model's classes."""
     packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
     packages -= {"torch", "builtins"}
-    found = {}
+    found: dict[int, functools._lru_cache_wrapper[Any]] = {}
     for name, source in list(sys.modules.items()):
         if name.partition(".")[0] not in packages:
             continue

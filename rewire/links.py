@@ -8,7 +8,7 @@ that they live exactly as long as it does.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,14 @@ from rewire.tape import Layout, Step, Tail, Tape
 
 
 class _Run(threading.local):
-    """In each thread, the site of a chain that ran last; -1 when the chain is complete."""
+    """In each thread, the site of a chain that ran last; -1 when the chain is complete.
+
+    `visible` keeps that site's result alive in inference mode, where a view does not keep
+    the tensor it is a view of.
+    """
 
     site = -1
+    visible: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -49,6 +54,11 @@ class Course:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, run=_Run())
+
+    def ran(self, site: int) -> None:
+        """Note which residual module ran last in this thread."""
+        self.run.site = -1 if site == len(self.sites) - 1 else site
+        self.run.visible = None
 
     @property
     def arithmetic(self) -> Coupling:
@@ -107,12 +117,14 @@ def relaid(stream: Tensor, inside: Layout) -> Tensor:
     return stream.as_strided(shape, stride, stream.storage_offset())
 
 
-_links: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Typed as the mapping it is: torch gives it no annotations.
+_links: MutableMapping[Tensor, Link] = WeakTensorKeyDictionary()
 
 
 def attach(x: Tensor, link: Link) -> None:
     """Hang a link on a visible tensor."""
     _links[x] = link
+    link.course.run.visible = x if x.is_inference() else None
 
 
 def find(x: Tensor, course: Course) -> Link | None:
@@ -122,6 +134,8 @@ def find(x: Tensor, course: Course) -> Link | None:
         StreamMismatch: The tensor was changed in place since its link was made.
     """
     link = _links.get(x)
+    if link is None and x._base is not None and x._base.numel() == x.numel():
+        link = _links.get(x._base)
     if link is None or link.course is not course:
         link = _find_alias(x, course)
     if link is not None and version(x) != link.version:
@@ -140,14 +154,14 @@ def _find_alias(x: Tensor, course: Course) -> Link | None:
         return None
     for tensor, link in list(_links.items()):
         if link.course is course and tensor.numel() == x.numel() and _place(tensor) == place:
-            return link  # type: ignore[no-any-return]
+            return link
     return None
 
 
 def _place(x: Tensor) -> tuple[int, int] | None:
     """Storage and offset; None where a tensor has no storage to look at."""
     try:
-        return x.untyped_storage()._cdata, x.storage_offset()
+        return int(x.untyped_storage()._cdata), int(x.storage_offset())
     except (RuntimeError, NotImplementedError):
         return None
 

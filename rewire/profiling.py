@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ class _AllocatedBytes:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def __enter__(self) -> _AllocatedBytes:
+    def __enter__(self) -> Self:
         torch.cuda.synchronize(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         self._start = torch.cuda.memory_allocated(self._device)

@@ -11,7 +11,7 @@ import pickle
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ RngStates = list[Tensor]
 def rng_states() -> RngStates:
     """States of the CPU generator and, where CUDA is up, of each CUDA device's."""
     states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states += torch.cuda.get_rng_state_all()
     return states
 
@@ -99,42 +99,56 @@ def uncached_autocast() -> Iterator[None]:
 # ---- buffers -----------------------------------------------------------------------------
 
 
+Place = tuple[nn.Module, str]
+
+
+class Before(NamedTuple):
+    """Buffers before a run: training flags, where, values, and version counters of all."""
+
+    flags: tuple[bool, ...]
+    places: list[Place]
+    values: list[Tensor]
+    versions: list[int]
+
+
 class Statistics:
     """The buffers that a branch changes when it runs, e.g. BatchNorm's running mean.
 
-    Which ones is learnt by comparing values around the branch's first run (BatchNorm's
-    kernel does not bump version counters), later also by version counters. For each run
-    the values before it are kept, so that a rerun starts from them, on clones.
+    Which ones is learnt by comparing values around the first run with the same training
+    flags (BatchNorm's kernel does not bump version counters), later also by version
+    counters. For each run the values before it are kept, so that a rerun starts from
+    them, on clones.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         found = {id(m): m for module in modules for m in module.modules()}
-        self._all = [(m, name) for m in found.values() for name in m._buffers]
-        self._changed: list[tuple[nn.Module, str]] | None = None if self._all else []
+        self._owners = [m for m in found.values() if m._buffers]
+        self._all = [(m, name) for m in self._owners for name in m._buffers]
+        self._learnt: dict[tuple[bool, ...], list[Place]] = {}
 
-    def before(self) -> list[Tensor]:
-        """Copies of the buffers that the coming run may change."""
+    def before(self) -> Before | None:
+        """The buffers that the coming run may change, with copies of their values."""
         if not self._all:
-            return []
-        self._versions = [_version(m._buffers[name]) for m, name in self._all]
-        places = self._all if self._changed is None else self._changed
-        return [_clone(m._buffers[name]) for m, name in places]
+            return None
+        flags = tuple(m.training for m in self._owners)
+        places = self._learnt.get(flags, self._all)
+        values = [_clone(m._buffers[name]) for m, name in places]
+        return Before(flags, places, values, [_version(m._buffers[n]) for m, n in self._all])
 
-    def after(self, kept: list[Tensor]) -> list[tuple[nn.Module, str, Tensor]]:
+    def after(self, before: Before | None) -> list[tuple[nn.Module, str, Tensor]]:
         """What the run changed, with the values before it."""
-        if not self._all:
+        if before is None:
             return []
-        if self._changed is None:
-            before = list(zip(self._all, kept, strict=True))
-            before = [(at, old) for at, old in before if not _same(at[0]._buffers[at[1]], old)]
-            self._changed = [at for at, _ in before]
-            return [(*at, old) for at, old in before]
-        known = {(id(m), name) for m, name in self._changed}
-        for (m, name), version in zip(self._all, self._versions, strict=True):
+        kept = zip(before.places, before.values, strict=True)
+        if before.flags not in self._learnt:
+            changed = [(m, n, old) for (m, n), old in kept if not _same(m._buffers[n], old)]
+            self._learnt[before.flags] = [(m, n) for m, n, _ in changed]
+            return changed
+        known = {(id(m), name) for m, name in before.places}
+        for (m, name), version in zip(self._all, before.versions, strict=True):
             if (id(m), name) not in known and _version(m._buffers[name]) != version:
-                self._changed.append((m, name))
-                kept.append(_clone(m._buffers[name]))
-        return [(*at, old) for at, old in zip(self._changed, kept, strict=True)]
+                self._learnt[before.flags] = [*self._learnt[before.flags], (m, name)]
+        return [(m, n, old) for (m, n), old in kept]
 
 
 @contextmanager
@@ -206,22 +220,30 @@ def structural_copy(value: Any) -> Any:
         ) from error
 
 
+class _Writer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, shared: dict[int, Any]) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._shared = shared
+
+    def persistent_id(self, item: Any) -> int | None:
+        if not isinstance(item, _SHARED):
+            return None
+        if id(item) not in self._shared:
+            self._shared[id(item)] = detached(item) if isinstance(item, Tensor) else item
+        return id(item)
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, shared: dict[int, Any]) -> None:
+        super().__init__(file)
+        self._shared = shared
+
+    def persistent_load(self, key: Any) -> Any:
+        return self._shared[key]
+
+
 def _copied(value: Any) -> Any:
-    shared: dict[int, Any] = {}
-
-    class Writer(pickle.Pickler):
-        def persistent_id(self, item: Any) -> int | None:
-            if not isinstance(item, _SHARED):
-                return None
-            if id(item) not in shared:
-                shared[id(item)] = detached(item) if isinstance(item, Tensor) else item
-            return id(item)
-
-    class Reader(pickle.Unpickler):
-        def persistent_load(self, key: Any) -> Any:
-            return shared[key]
-
-    file = io.BytesIO()
-    Writer(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    file, shared = io.BytesIO(), dict[int, Any]()
+    _Writer(file, shared).dump(value)
     file.seek(0)
-    return Reader(file).load()
+    return _Reader(file, shared).load()

@@ -7,9 +7,9 @@ other operand is computed. Nothing here looks at names or classes of modules.
 
 from __future__ import annotations
 
-import os.path
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import networkx as nx
 
@@ -25,6 +25,7 @@ _SCALES = frozenset(("mul", "__mul__", "__rmul__", "div", "true_divide", "__true
 _SHIFTS = ADDITIONS | {"sub", "__sub__"}
 _COPIES = frozenset(("contiguous", "clone"))
 _NORMS = frozenset(("layer_norm", "batch_norm", "group_norm", "rms_norm", "instance_norm"))
+T = TypeVar("T")
 Terms = list[tuple[tuple[int, ...], int]]  # (operand at each level of a sum, node)
 
 
@@ -192,7 +193,17 @@ def _foreign(branch: frozenset[int], fork: int, found: list[Found]) -> Found | N
 
 def _home(watched: Watched, nodes: set[int]) -> int:
     """The lowest module call that all of the nodes are inside of."""
-    return os.path.commonprefix([watched.path(node) for node in nodes])[-1]  # type: ignore[type-var]
+    return common_prefix([watched.path(node) for node in nodes])[-1]
+
+
+def common_prefix(paths: Sequence[Sequence[T]]) -> list[T]:
+    """What all sequences begin with."""
+    prefix = []
+    for level in zip(*paths, strict=False):
+        if len(set(level)) > 1:
+            break
+        prefix.append(level[0])
+    return prefix
 
 
 def _no_skip(watched: Watched, add: int, nodes: list[int]) -> Skipped:

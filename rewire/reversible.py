@@ -88,6 +88,7 @@ class ReversibleSequential(nn.Module):
             x: [*S], floating point.
             sides: Handed to every branch: masks, embeddings, ...
         """
+        x = dense(x)
         link = open_chain(self.course, x)
         for site, branch in enumerate(self.branches):
             x, link, _ = advance(link, site, x, branch, sides)
@@ -95,7 +96,7 @@ class ReversibleSequential(nn.Module):
 
     def streams(self, x: Tensor, *sides: Any) -> tuple[Tensor, Tensor]:
         """Both streams after the last module, newest first; activations are stored."""
-        newest = older = _stream(x)
+        newest = older = _stream(dense(x))
         for branch in self.branches:
             output = branch(newest, sides)
             newest, older = self.course.arithmetic.forward(newest, older, *output[:2]), newest
@@ -169,7 +170,7 @@ def recording(course: Course) -> bool:
         torch.is_grad_enabled()
         and not course.stored
         and not torch._C._are_functorch_transforms_active()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     )
 
 
@@ -222,15 +223,12 @@ def advance(
     last = site == len(course.sites) - 1
     if tape is not None:
         tape.commit(step, following, newest, owned=last)
-    course.run.site = -1 if last else site
+    course.ran(site)
     visible = course.arithmetic.merge(following, newest) if last else following
     visible = visible.to(x.dtype)
-    if visible is following:
-        # Another tensor object on purpose: links hang on visible tensors and hold streams. Were
-        # these the same objects, each link would keep the one before it, and the whole past.
-        visible = following.view_as(following)
     position = 0 if tape is None else len(tape.steps)
-    made = Link(course, site, following, newest, tape, position, version(visible))
+    stream = alias(following) if visible is following else following
+    made = Link(course, site, stream, newest, tape, position, version(visible))
     return visible, made, output.sideways
 
 
@@ -254,6 +252,31 @@ def follow(link: Link, x: Tensor, call: Callable[[Tensor], Tensor]) -> tuple[Ten
     return result, made
 
 
+class _Alias(torch.autograd.Function):
+    """The same values and the same place in the graph, as another tensor that is no view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+def alias(x: Tensor) -> Tensor:
+    """`x` under another tensor object.
+
+    Links hang on visible tensors and hold streams. Were these the same objects, each link
+    would keep the one before it, and with it the whole past; a view would keep its base.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return x.view_as(x)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.detach()
+    return _Alias.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def _tape_for(link: Link, newest: Tensor, older: Tensor) -> Tape | None:
     """The link's tape, or a new one that begins here where another run has gone on with it."""
     if not recording(link.course):
@@ -266,28 +289,27 @@ def _tape_for(link: Link, newest: Tensor, older: Tensor) -> Tape | None:
 
 
 def _stream(x: Tensor) -> Tensor:
-    """`x` as a stream: at least float32, every element its own."""
+    """`x` as a stream: at least float32."""
     if not x.is_floating_point():
         raise StreamMismatch(f"a stream must be of a floating dtype, not {x.dtype}.")
-    dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
-    x = x.to(dtype)
-    return x if _is_dense(x) else x.contiguous()
+    return x.to(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
 
 
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements of `x`, in some order of its dimensions, are contiguous."""
+def dense(x: Tensor) -> Tensor:
+    """`x` with every element its own and no gaps between them: streams are laid out so."""
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size != 1 and stride != expected:
-            return False
+            return x.contiguous()
         expected *= size
-    return True
+    return x
 
 
 __all__ = [
     "ReversibleSequential",
     "advance",
     "attach",
+    "dense",
     "follow",
     "layout",
     "open_chain",

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from rewire.errors import NothingToRewire, RewireError
-from rewire.homes import HomeChain, HomeState, RewiredHome, original_class, rewired_class
+from rewire.homes import HomeChain, HomeState, original_class, rewired_class
 from rewire.links import Course
-from rewire.planning import inner_homes, modules_by_home, plan as make_plan, trunk_of
+from rewire.planning import inner_homes, modules_by_home, trunk_of
+from rewire.planning import plan as make_plan
 from rewire.plans import Chain, Plan
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -33,8 +34,8 @@ def make_reversible(
     """Rewire a residual network into a reversible one with the same parameters.
 
     In each chain of residual modules the input is duplicated into two streams and each skip
-    jumps two modules, x_i = F_i(x_{i-1}) + x_{i-2}; the chain's output is the mean of both. Activations inside
-    the branches are not stored: backward rebuilds them.
+    jumps two modules, x_i = F_i(x_{i-1}) + x_{i-2}; the chain's output is the mean of both.
+    Activations inside the branches are not stored: backward rebuilds them.
 
     Args:
         model: Any module. It is left as it is and stays usable. Wrap (DDP, FSDP2,
@@ -106,14 +107,12 @@ def restored(rev: nn.Module) -> nn.Module:
     plan_of(rev)
     copies = _copied(rev)
     for copy in copies.values():
-        if not isinstance(copy, RewiredHome):
+        if copy.__dict__.pop("_rewire", None) is None:
             continue
-        state = copy.__dict__.pop("_rewire")
         copy.__dict__.pop("_chains", None)
-        for name, child in list(copy._modules.items()):  # type: ignore[attr-defined]
+        for name, child in list(copy._modules.items()):
             if isinstance(child, HomeChain):
-                del copy._modules[name]  # type: ignore[attr-defined]
-        del state
+                del copy._modules[name]
         copy.__class__ = original_class(type(copy))
     root = copies[id(rev)]
     del root.__dict__["_rewire_plan"]

@@ -107,9 +107,10 @@ def parse_recipe(spec: str) -> Recipe:
         raise BadFile(f"{spec}: no such model. Give a name: {_FORMS.partition(', timm')[2]}.")
     name, _, query = spec.partition("?")
     options = {key: _value(text) for key, text in parse_qsl(query)}
-    if ":" in name:
+    kind, _, rest = name.partition("/")
+    if kind not in _BUILDERS:
         return Recipe("import", name, options)
-    kind, _, name = name.partition("/")
+    name = rest
     if kind == "transformers":
         return _transformers_recipe(Path(name), options)
     return Recipe(kind, name, options)
@@ -130,8 +131,6 @@ def build(recipe: Recipe, *, pretrained: bool = False) -> nn.Module:
     fetching = [key for key in recipe.options if key.startswith(_FETCHING)]
     if fetching and recipe.kind in ("timm", "torchvision"):
         raise BadFile(f"{where}: {fetching[0]}= is not taken; --pretrained fetches weights.")
-    # The hub's client reports each of its retries; one line at the end says it all.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         model = builder(recipe, where, pretrained)
     except BadFile:
@@ -173,12 +172,16 @@ def _build_timm(recipe: Recipe, where: str, pretrained: bool) -> Any:
     if not timm.is_model(recipe.name):
         near = _nearest(recipe.name, timm.list_models())
         raise BadFile(f"{where}: timm {timm.__version__} has no such model.{near}")
+    _quieten_hub()
     return timm.create_model(recipe.name, pretrained=pretrained, **recipe.options)
 
 
 def _build_torchvision(recipe: Recipe, where: str, pretrained: bool) -> Any:
-    from torchvision import __version__ as version
-    from torchvision.models import get_model_builder, list_models
+    from torchvision import __version__ as version  # type: ignore[import-untyped, unused-ignore]
+    from torchvision.models import (  # type: ignore[import-untyped, unused-ignore]
+        get_model_builder,
+        list_models,
+    )
 
     if recipe.name not in list_models():
         near = _nearest(recipe.name, list_models())
@@ -230,6 +233,11 @@ _BUILDERS: dict[str, Callable[[Recipe, str, bool], Any]] = {
 }
 
 
+def _quieten_hub() -> None:
+    """Keep the hub's client from reporting each retry; one line at the end says it all."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it sets its own on import
+
+
 def _nearest(name: str, names: Sequence[str]) -> str:
     from difflib import get_close_matches
 
@@ -270,6 +278,7 @@ def _holds_weights(folder: Path) -> bool:
 def _open_transformers_weights(spec: str, name: str) -> Source:
     import transformers
 
+    _quieten_hub()
     local = Path(name).is_dir()
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -298,7 +307,7 @@ def _open_file(path: Path, arch: str | None, trust: Sequence[str]) -> Source:
         raise BadFile(f"{path}: already rewired. Check it with rewire verify {path}.")
     module, weights, where = found_in(loaded)
     if arch is not None:
-        return _open_weights(path, weights if module is None else module.state_dict(), where, arch)
+        return _open_weights(path, weights or _state_of(module, path), where, arch)
     if module is not None:
         return Source(module, None, f"{path}, a pickled {type(module).__name__}{where}")
     if weights:
@@ -307,6 +316,17 @@ def _open_file(path: Path, arch: str | None, trust: Sequence[str]) -> Source:
             "Say which model they belong to, e.g. --arch timm/vit_base_patch16_224."
         )
     raise BadFile(f"{path}: holds {type(loaded).__name__}, neither a model nor a state_dict.")
+
+
+def _state_of(module: nn.Module | None, path: Path) -> dict[str, Tensor]:
+    """The weights of a pickled model that was found where weights were expected."""
+    try:
+        return {} if module is None else module.state_dict()
+    except AttributeError as error:  # an inert object stands in place of a submodule
+        raise BadFile(
+            f"{path}: a pickled {type(module).__name__} with parts of classes that are not "
+            "admitted. Leave out --arch to see which, or give a state_dict."
+        ) from error
 
 
 def _open_weights(path: Path, weights: dict[str, Tensor], where: str, arch: str) -> Source:

@@ -94,7 +94,7 @@ def _is_record(value: Any) -> bool:
     """Whether `value` is a dataclass instance that its fields describe fully (ModelOutput)."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return False
-    return isinstance(value, dict) or type(value).__dataclass_params__.frozen  # type: ignore[attr-defined]
+    return isinstance(value, dict) or type(value).__dataclass_params__.frozen
 
 
 def _fields(value: Any) -> dict[str, Any]:

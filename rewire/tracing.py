@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,7 +106,7 @@ class _Tracer(fx.proxy.TracerBase):
 
     def __init__(self, home: nn.Module, inlined: set[nn.Module]) -> None:
         super().__init__()
-        self.graph = fx.Graph(tracer_cls=type(self))
+        self.graph = fx.Graph()
         self.trace = Trace(self.graph)
         self.home = home
         self.evaluating = False
@@ -127,7 +128,7 @@ class _Tracer(fx.proxy.TracerBase):
             trace.hints[node] = leaf
             trace.inputs.append(node)
         args, kwargs = unflatten(spec, [HintProxy(node, self) for node in trace.inputs])
-        drawn = random.getstate(), numpy.random.get_state()[1].tobytes()  # type: ignore[union-attr]
+        drawn = _python_random_states()
         attributes = {id(m): dict(vars(m)) for m in self._inlined_modules()}
         result = forward(self.home, *args, **kwargs)
         with self.plainly():
@@ -145,7 +146,7 @@ class _Tracer(fx.proxy.TracerBase):
         self, spec: Spec, arguments: Any, drawn: Any, attributes: dict[int, dict[str, Any]]
     ) -> None:
         """What the code did besides calling torch would be lost: refuse it."""
-        if (random.getstate(), numpy.random.get_state()[1].tobytes()) != drawn:  # type: ignore[union-attr]
+        if _python_random_states() != drawn:
             raise CannotTrace("its forward draws random numbers in Python")
         if flatten(arguments)[1] != spec:
             raise CannotTrace("its forward changes a list or dict among its arguments")
@@ -229,9 +230,11 @@ class _Tracer(fx.proxy.TracerBase):
         if not isinstance(spec, Container) or _is_structseq(hint):
             return HintProxy(node, self)
         if spec.names:
-            get = operator.getitem if isinstance(hint, dict) else getattr
+            get: Callable[[Any, Any], Any] = getattr
+            if isinstance(hint, dict):
+                get = operator.getitem
             names = [n for n in spec.names if not isinstance(hint, dict) or n in hint]
-            items = {n: self._item(get, node, get(hint, n), n) for n in names}
+            items = {str(n): self._item(get, node, get(hint, n), n) for n in names}
             return hint.__class__(**items) if spec.type is not dict else items
         parts = [self._item(operator.getitem, node, item, i) for i, item in enumerate(hint)]
         return spec.type(*parts) if hasattr(spec.type, "_fields") else spec.type(parts)
@@ -299,15 +302,16 @@ class _Tracer(fx.proxy.TracerBase):
         thread = threading.get_ident()
         original = nn.Module.__getattr__
 
-        def __getattr__(module: nn.Module, name: str) -> Any:
+        def traced_getattr(module: nn.Module, name: str) -> Any:
             value = original(module, name)
             mine = threading.get_ident() == thread and not self.evaluating
-            known = mine and isinstance(value, Tensor) and id(value) in self._attributes
-            return self._attribute(value) if known else value
+            if mine and isinstance(value, Tensor) and id(value) in self._attributes:
+                return self._attribute(value)
+            return value
 
         with ExitStack() as stack:
             stack.enter_context(watched_calls(self._call))
-            stack.enter_context(mock.patch.object(nn.Module, "__getattr__", __getattr__))
+            stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))
             for name in _FACTORIES:
                 factory = self._factory(getattr(torch, name), thread)
                 stack.enter_context(mock.patch.object(torch, name, factory))
@@ -412,7 +416,7 @@ class HintProxy(fx.Proxy):
         return self._call(math.floor)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[number] for number in range(len(self))])
+        return iter([self._call(operator.getitem, number) for number in range(len(self))])
 
     def __contains__(self, item: Any) -> bool:
         return bool(self._call(operator.contains, item))
@@ -474,7 +478,7 @@ def tensor_operands(trace: Trace, node: fx.Node) -> list[fx.Node]:
 
 def storage_of(tensor: Tensor) -> int:
     """Identity of a tensor's storage."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _tensor_attributes(home: nn.Module) -> Iterator[tuple[int, str]]:
@@ -483,6 +487,10 @@ def _tensor_attributes(home: nn.Module) -> Iterator[tuple[int, str]]:
         for name, value in named.items():
             if isinstance(value, Tensor):
                 yield id(value), f"{prefix}.{name}".lstrip(".")
+
+
+def _python_random_states() -> tuple[Any, bytes]:
+    return random.getstate(), pickle.dumps(numpy.random.get_state())
 
 
 def _is_plain(value: Any) -> bool:

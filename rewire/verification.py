@@ -199,8 +199,7 @@ def _refuses(original: nn.Module, example: Example) -> bool:
 
 
 def _memory_checks(rev: nn.Module, example: Example, original: nn.Module) -> Iterator[Check]:
-    branches = _branches(rev)
-    fresh, _ = _fresh(example)
+    branches, (fresh, _) = _branches(rev), _fresh(example)
     with isolated(rev, values=True), torch.enable_grad(), saved_inside(branches) as kept:
         rev(*fresh.args, **fresh.kwargs)
     where = f"first {next(iter(kept))}" if kept else f"in {len(branches)} modules of branches"

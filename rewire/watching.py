@@ -140,7 +140,8 @@ def as_fake(mode: FakeTensorMode, leaf: Any) -> Any:
     if isinstance(leaf, FakeTensor):
         return leaf
     if isinstance(leaf, Tensor):
-        return mode.from_tensor(leaf, static_shapes=True)
+        fake = mode.from_tensor(leaf.detach(), static_shapes=True)
+        return fake.requires_grad_(leaf.requires_grad)
     return structural_copy(leaf)
 
 
@@ -162,12 +163,12 @@ def watched_calls(around: Callable[..., Any]) -> Iterator[None]:
     original = nn.Module.__call__
     thread = threading.get_ident()
 
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+    def watched_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
             return original(self, *args, **kwargs)
         return around(original, self, args, kwargs)
 
-    nn.Module.__call__ = __call__  # type: ignore[method-assign]
+    nn.Module.__call__ = watched_call  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -330,7 +331,7 @@ def structural_or_same(leaf: Any) -> Any:
 
 def _storage(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):
         return -id(tensor)
 

@@ -12,12 +12,12 @@ import timm
 import torch
 import torchvision
 import transformers
-from faults import FAULTS
 from torch import Tensor, nn
 
 import rewire
 from rewire.reversible import ReversibleSequential
 from rewire.verification import Check, Verdict, verify
+from tests.faults import FAULTS
 
 NAMES = [
     "outputs",

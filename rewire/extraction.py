@@ -255,7 +255,7 @@ class _Piece:
             [copies[term] for term in reversed(self.terms)],
         )
         if self.tail_inside:
-            branch = _copy_tail(graph, self.tail, branch, fresh=True)
+            branch = _copy_tail(self.trace, graph, self.tail, branch, fresh=True)
         trunk = copies[self.skip] if self.residual.head else None
         graph.output((branch, trunk, tuple(copies[node] for node in self.sideways())))
         function, source = _compile(graph)
@@ -274,7 +274,7 @@ class _Piece:
             return None
         graph = fx.Graph()
         x = graph.placeholder("x")
-        graph.output(_copy_tail(graph, self.tail, x, fresh=self._tail_changes_sum()))
+        graph.output(_copy_tail(self.trace, graph, self.tail, x, fresh=self._tail_changes_sum()))
         return _compile(graph)[0]
 
     def _tail_changes_sum(self) -> bool:
@@ -282,17 +282,27 @@ class _Piece:
         return storage_of(self.trace.hints[self.sum]) in changed
 
 
-def _copy_tail(graph: fx.Graph, tail: list[fx.Node], x: fx.Node, *, fresh: bool) -> fx.Node:
+def _copy_tail(
+    trace: Trace, graph: fx.Graph, tail: list[fx.Node], x: fx.Node, *, fresh: bool
+) -> fx.Node:
     """Copy the activation nodes behind a sum onto `x`; never in place on a stream."""
     if fresh and tail:
         x = graph.call_function(torch.clone, (x,))
     for node in tail:
-        copies: dict[fx.Node, fx.Node] = {}
-        for source in node.all_input_nodes:
-            is_attribute = source.op == "get_attr"
-            copies[source] = graph.node_copy(source) if is_attribute else x
-        x = graph.node_copy(node, copies.__getitem__)
+        constants = [n for n in node.all_input_nodes if n not in trace.varying]
+        copies = _copy_constants(graph, constants)
+        x = graph.node_copy(node, lambda n, x=x, copies=copies: copies.get(n, x))
     return x
+
+
+def _copy_constants(graph: fx.Graph, nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Copy nodes that depend on no argument, with all they read."""
+    copies: dict[fx.Node, fx.Node] = {}
+    needed = _ancestors(nodes) | set(nodes)
+    for node in nodes[0].graph.nodes if nodes else ():
+        if node in needed:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return copies
 
 
 class _Outer:
@@ -330,6 +340,11 @@ class _Outer:
             number = self.hidden.get(node)
             if number is not None:
                 self._emit_step(number)
+                if node not in self.copies:
+                    raise CannotTrace(
+                        f"{self.pieces[number].residual.name} and another residual module read "
+                        "values of each other's branches"
+                    )
                 return self.copies[node]
             for source in node.all_input_nodes:
                 self._emit(source)
@@ -432,7 +447,7 @@ def _is_after(node: fx.Node) -> bool:
 
 def _is_activation(trace: Trace, node: fx.Node) -> bool:
     """Whether a node keeps shape and place of its only tensor operand, in a new tensor."""
-    values = [n for n in tensor_operands(trace, node) if n.op != "get_attr"]
+    values = [n for n in tensor_operands(trace, node) if n in trace.varying]
     hint = trace.hints.get(node)
     if node.op not in ("call_function", "call_method", "call_module") or len(values) != 1:
         return False
@@ -467,7 +482,7 @@ def _same_value(trace: Trace, node: fx.Node) -> fx.Node:
 
 
 def _only_operand(trace: Trace, node: fx.Node) -> fx.Node:
-    values = [n for n in tensor_operands(trace, node) if n.op != "get_attr"]
+    values = [n for n in tensor_operands(trace, node) if n in trace.varying]
     if len(values) != 1:
         raise CannotTrace(f"the trunk cannot be followed through {node.target}")
     return values[0]

@@ -247,7 +247,7 @@ class RewiredHome:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward in two-stream form."""
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(run_home)(self, args, kwargs)  # type: ignore[arg-type]
+            return torch.compiler.disable(run_home)(self, args, kwargs)  # type: ignore[no-untyped-call]
         return run_home(self, args, kwargs)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:

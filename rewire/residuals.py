@@ -137,6 +137,8 @@ def _classify(watched: Watched, add: int, terms: Terms, found: list[Found]) -> F
         return _left(watched, add, "x + x", "a value is added to itself")
     adds = _adds_of(watched, add, terms)
     for path, node in terms:
+        if ops[node].constant:
+            continue
         others = [other for other in nodes if other != node]
         fork, branch = _fork(watched, node, others)
         if fork is None:
@@ -209,8 +211,7 @@ def common_prefix(paths: Sequence[Sequence[T]]) -> list[T]:
 def _no_skip(watched: Watched, add: int, nodes: list[int]) -> Skipped:
     """Why no operand of an add is a skip."""
     graph = watched.graph
-    sources = [_from_inputs(watched, node) for node in nodes]
-    if not all(sources):
+    if any(watched.ops[node].constant for node in nodes):
         return _left(
             watched,
             add,
@@ -218,7 +219,7 @@ def _no_skip(watched: Watched, add: int, nodes: list[int]) -> Skipped:
             "an operand does not come from the model's input (bias, position embedding, mask)",
         )
     common = set.intersection(*(nx.ancestors(graph, node) | {node} for node in nodes))
-    common = {node for node in common if _from_inputs(watched, node)}
+    common = {node for node in common if not watched.ops[node].constant}
     if not common:
         return _left(watched, add, "unrelated", "its operands have nothing in common")
     fork = max(common)
@@ -226,17 +227,6 @@ def _no_skip(watched: Watched, add: int, nodes: list[int]) -> Skipped:
     where = f"both operands are computed, from {watched.module(fork) or 'the input'} on"
     kind = "projection" if home else "lateral"
     return _left(watched, add, kind, f"{where}: no operand is a skip")
-
-
-def _from_inputs(watched: Watched, node: int) -> bool:
-    """Whether a value depends on the model's inputs (cached on the graph)."""
-    cache: dict[int, bool] = watched.graph.graph.setdefault("from_inputs", {})
-    if not cache:
-        for number, op in enumerate(watched.ops):
-            operands = [n for n in op.operands if n is not None]
-            own = op.name == "input" and not op.constant
-            cache[number] = own or any(cache[n] for n in operands)
-    return cache[node]
 
 
 def _left(watched: Watched, add: int, reason: str, detail: str) -> Skipped:
@@ -298,6 +288,5 @@ def _kind(ops: list[Op], node: int) -> str:
         return "view"
     if ops[values[0]].shape != op.shape or not op.floating or not ops[values[0]].floating:
         return "other"
-    scale = name in _SCALES and all(ops[n].name == "input" for n in operands if n != values[0])
     shift = name in _SHIFTS and len(operands) == 1
-    return "elementwise" if scale or shift or name in _ACTIVATIONS | _COPIES else "other"
+    return "elementwise" if name in _SCALES or shift or name in _ACTIVATIONS | _COPIES else "other"

@@ -256,11 +256,11 @@ class _Alias(torch.autograd.Function):
     """The same values and the same place in the graph, as another tensor that is no view."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -274,7 +274,8 @@ def alias(x: Tensor) -> Tensor:
         return x.view_as(x)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x.detach()
-    return _Alias.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+    result: Tensor = _Alias.apply(x)
+    return result
 
 
 def _tape_for(link: Link, newest: Tensor, older: Tensor) -> Tape | None:

@@ -222,7 +222,8 @@ def _build_transformers(recipe: Recipe, where: str, pretrained: bool) -> Any:
     chosen = getattr(transformers, recipe.name, None)
     if not (inspect.isclass(chosen) and issubclass(chosen, transformers.PreTrainedModel)):
         raise BadFile(f"{where}: transformers {transformers.__version__} has no such model.")
-    return chosen(config)
+    model_class: Any = chosen
+    return model_class(config)
 
 
 _BUILDERS: dict[str, Callable[[Recipe, str, bool], Any]] = {

@@ -72,7 +72,7 @@ def _flatten(value: Any, leaves: list[Any], seen: dict[int, Leaf]) -> Spec:
             leaf = seen[id(value)] = _leaf(value, "tensor", leaves)
         return leaf
     if isinstance(value, _CONSTANTS):
-        return value  # type: ignore[no-any-return]
+        return value
     kind = type(value)
     if kind in (tuple, list, torch.Size) or (isinstance(value, tuple) and hasattr(kind, "_fields")):
         return Container(kind, (), tuple(_flatten(item, leaves, seen) for item in value))
@@ -94,7 +94,7 @@ def _is_record(value: Any) -> bool:
     """Whether `value` is a dataclass instance that its fields describe fully (ModelOutput)."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return False
-    return isinstance(value, dict) or type(value).__dataclass_params__.frozen
+    return isinstance(value, dict) or bool(vars(type(value))["__dataclass_params__"].frozen)
 
 
 def _fields(value: Any) -> dict[str, Any]:

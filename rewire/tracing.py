@@ -50,6 +50,7 @@ class Trace:
         constants: Placeholders that stand for objects the code reads, with the objects.
         mutations: For each node, the tensors (storages) it changes in place.
         adds: Nodes that add two floating tensors, in order.
+        varying: Nodes that depend on an argument.
     """
 
     graph: fx.Graph
@@ -61,6 +62,7 @@ class Trace:
     constants: dict[fx.Node, Any] = field(default_factory=dict)
     mutations: dict[fx.Node, set[int]] = field(default_factory=dict)
     adds: list[fx.Node] = field(default_factory=list)
+    varying: set[fx.Node] = field(default_factory=set)
 
 
 def trace_home(
@@ -137,6 +139,10 @@ class _Tracer(fx.proxy.TracerBase):
             _refuse_proxies(trace.result)
             trace.outputs = [self.create_arg(output) for output in outputs]
             trace.adds = [node for node in self.graph.nodes if self._is_addition(node)]
+            trace.varying = set(trace.inputs)
+            for node in self.graph.nodes:
+                if any(source in trace.varying for source in node.all_input_nodes):
+                    trace.varying.add(node)
         return trace
 
     def _inlined_modules(self) -> list[nn.Module]:
@@ -179,7 +185,7 @@ class _Tracer(fx.proxy.TracerBase):
         """A proxy that knows its node's value."""
         return HintProxy(node, self)
 
-    def create_proxy(  # type: ignore[override]
+    def create_proxy(
         self,
         kind: str,
         target: Any,

@@ -50,7 +50,8 @@ class Op:
         shape: Of the (first) result.
         floating: Whether the result is of a floating dtype.
         view: The result is a view of all of the first operand.
-        constant: A parameter, buffer or other tensor that does not come from the inputs.
+        constant: Does not come from the inputs: parameters, buffers, what is computed from
+            them alone, and tensors made from nothing.
         line: File and line of an addition.
     """
 
@@ -315,7 +316,9 @@ class _Recorder(TorchFunctionMode):
         watched = self.watched
         node = len(watched.ops)
         shape, floating = tuple(tensor.shape), tensor.is_floating_point()
-        watched.ops.append(Op(name, scope, operands, arguments, shape, floating))
+        constant = all(watched.ops[n].constant for n in operands if n is not None)
+        op = Op(name, scope, operands, arguments, shape, floating, constant=constant)
+        watched.ops.append(op)
         watched.graph.add_node(node)
         watched.graph.add_edges_from((source, node) for source in operands if source is not None)
         self._nodes[id(tensor)] = node

@@ -135,7 +135,8 @@ def test_inspect_prints_json_only(folder: Path) -> None:
 def test_include_and_exclude_reach_the_plan() -> None:
     result = run("inspect", MODEL, "--json", "--exclude", "blocks.0.*", "--exclude", "blocks.1.*")
     names = [row["name"] for row in json.loads(result.stdout)["chains"][0]["modules"]]
-    assert names and all(name.startswith("blocks.") for name in names)
+    assert names
+    assert all(name.startswith("blocks.") for name in names)
     assert not any(name.startswith(("blocks.0.", "blocks.1.")) for name in names)
 
 
@@ -164,7 +165,8 @@ def test_convert_verify_and_load(folder: Path) -> None:
 def test_convert_prints_json_only(folder: Path) -> None:
     result = run("convert", "model.pt", "-o", "rev.pt", "--json")
     data = json.loads(result.stdout)
-    assert data["out"] == "rev.pt" and data["bytes"] == Path("rev.pt").stat().st_size
+    assert data["out"] == "rev.pt"
+    assert data["bytes"] == Path("rev.pt").stat().st_size
     assert len(data["plan"]["chains"]) == 1
 
 
@@ -194,7 +196,8 @@ def test_failed_check_is_a_no(converted: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(verification, "verify", lambda *args, **kwargs: verdict)
     result = run("verify", converted)
     assert result.exit_code == 1
-    assert "FAILED" in result.stdout and "4.1 kB" in result.stdout
+    assert "FAILED" in result.stdout
+    assert "4.1 kB" in result.stdout
     assert "1 of 2 checks failed (bytes left)" in result.stderr
 
 

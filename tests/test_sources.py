@@ -63,10 +63,10 @@ def timm_net() -> nn.Module:
 
 
 MODELS = {
-    "resnet50": lambda: torchvision.models.resnet50(),
-    "swin_t": lambda: torchvision.models.swin_t(),
-    "swin3d_t": lambda: torchvision.models.video.swin3d_t(),
-    "mvit_v2_s": lambda: torchvision.models.video.mvit_v2_s(),
+    "resnet50": torchvision.models.resnet50,
+    "swin_t": torchvision.models.swin_t,
+    "swin3d_t": torchvision.models.video.swin3d_t,
+    "mvit_v2_s": torchvision.models.video.mvit_v2_s,
     "vit_base": lambda: timm.create_model("vit_base_patch16_224"),
     "convnext_tiny": lambda: timm.create_model("convnext_tiny"),
     "swin_tiny": lambda: timm.create_model("swin_tiny_patch4_window7_224"),
@@ -103,7 +103,8 @@ def test_broken_file_gets_one_line(name: str, tmp_path: Path) -> None:
         open_model(str(path))
     message = str(caught.value)
     assert words in message
-    assert message.startswith(str(path)) and "\n" not in message
+    assert message.startswith(str(path))
+    assert "\n" not in message
 
 
 HOSTILE = {
@@ -207,7 +208,8 @@ def test_hostile_program(name: str, tmp_path: Path) -> None:
     with_program(tmp_path / "model.pt", program)
     with pytest.raises(BadFile) as caught:
         open_model(str(tmp_path / "model.pt"))
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 WRAPPED = {
@@ -303,7 +305,8 @@ def test_weights_need_their_model_and_must_fit(tmp_path: Path) -> None:
 def test_names_that_fail(spec: str, words: str, package: str) -> None:
     with pytest.raises(BadFile) as caught:
         open_model(spec)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_names_give_recipes_that_build(package: str) -> None:
@@ -350,7 +353,8 @@ def test_transformers_by_config(tmp_path: Path) -> None:
     _bert(tmp_path, architectures=["BertForMaskedLM"])
     source = open_model(f"transformers/{tmp_path}")
     assert type(source.module).__name__ == "BertForMaskedLM"
-    assert source.recipe is not None and source.recipe.name == "BertForMaskedLM"
+    assert source.recipe is not None
+    assert source.recipe.name == "BertForMaskedLM"
     source.module.save_pretrained(tmp_path / "saved")
     again = open_model(f"transformers/{tmp_path / 'saved'}")
     assert same_state(again.module, source.module)

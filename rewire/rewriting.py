@@ -152,6 +152,7 @@ def _install(rev: nn.Module, plan: Plan) -> None:
                 places[residual.add] = (len(chains), place)
             sites = [_sites(chain, residual.home, residual.add) for residual in members]
             chains.append(HomeChain(course, sites, [r.name for r in members]))
+            chains[-1].training = home.training
         home.__dict__["_rewire"] = HomeState(
             tuple(residuals),
             inner_homes(name, homes),

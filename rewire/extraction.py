@@ -291,7 +291,8 @@ def _copy_tail(
     for node in tail:
         constants = [n for n in node.all_input_nodes if n not in trace.varying]
         copies = _copy_constants(graph, constants)
-        x = graph.node_copy(node, lambda n, x=x, copies=copies: copies.get(n, x))
+        copies.update(dict.fromkeys(set(node.all_input_nodes) - set(constants), x))
+        x = graph.node_copy(node, copies.__getitem__)
     return x
 
 

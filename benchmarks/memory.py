@@ -1,6 +1,6 @@
 """Peak memory and time of one training step: plain, checkpointed, and rewired.
 
-    uv run python benchmarks/memory.py                      # the two standard workloads
+    uv run python benchmarks/memory.py                      # the standard workloads
     uv run python benchmarks/memory.py --model timm/vit_small_patch16_224 --batch 8
     uv run python benchmarks/memory.py --record             # append to records/memory.csv
 
@@ -10,6 +10,7 @@ those of live tensors (`rewire.profiling`), gradients of parameters preallocated
 
 from __future__ import annotations
 
+import copy
 import csv
 import datetime
 import os
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+import timm
 import torch
 import typer
 from rich.console import Console
@@ -85,9 +87,15 @@ def bottlenecks(depth: int) -> tuple[nn.Module, Tensor]:
     return Stack(blocks), torch.randn(8, 256, 28, 28, requires_grad=True)
 
 
+def timm_vit(depth: int) -> tuple[nn.Module, Tensor]:
+    """The whole of timm's ViT-S, with another depth, on 8 pictures."""
+    return timm.create_model("vit_small_patch16_224", depth=depth), torch.randn(8, 3, 224, 224)
+
+
 WORKLOADS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
     "vit": vit,
     "bottlenecks": bottlenecks,
+    "timm-vit": timm_vit,
 }
 
 
@@ -96,6 +104,9 @@ def ways_of(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, nn.Module]:
     ways = {"plain": model}
     if isinstance(model, Stack):
         ways["checkpoint"] = Stack(model.blocks, checkpointed=True)
+    elif hasattr(model, "set_grad_checkpointing"):
+        ways["checkpoint"] = copy.deepcopy(model)
+        ways["checkpoint"].set_grad_checkpointing()
     ways["rewire"] = rewire.make_reversible(model, inputs)
     return ways
 
@@ -178,7 +189,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main(
-    workload: Annotated[str, typer.Option(help="vit, bottlenecks or all")] = "all",
+    workload: Annotated[str, typer.Option(help="vit, bottlenecks, timm-vit or all")] = "all",
     depths: Annotated[str, typer.Option(help="Depths, with commas.")] = "6,12,24,48",
     model: Annotated[str, typer.Option(help="Measure this model (see rewire --help).")] = "",
     batch: Annotated[int, typer.Option(help="Batch size for --model.")] = 8,

@@ -7,6 +7,7 @@ traces) the program for the arguments at hand and runs it. Everything else of it
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from rewire.tape import Branch, Output
 _MOST_PROGRAMS = 64
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 _SCALARS = (bool, int, float, str, type(None))
+_CONTAINERS = (dict, OrderedDict, list, tuple, set)
 
 
 class _Plain(threading.local):
@@ -136,10 +138,10 @@ class HomeState:
 
     def _fingerprint(self, home: nn.Module) -> tuple[Any, ...]:
         """What the code may read of its modules: flags, numbers and strings."""
-        marks: list[Any] = [v for v in home.__dict__.values() if type(v) in _SCALARS]
+        marks = _scalars(home)
         for name in self.residuals[0].inlined:
             module = home.get_submodule(name)
-            marks += [v for v in module.__dict__.values() if type(v) in _SCALARS]
+            marks += _scalars(module)
             marks.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
         return tuple(marks)
 
@@ -172,6 +174,23 @@ class HomeState:
                 places = zip(self.places, bound, strict=True)
                 chain.branches = [branch for (owner, _), branch in places if owner == number]
         return bound
+
+
+def _scalars(module: nn.Module) -> list[Any]:
+    """Flags, numbers and strings among a module's attributes, and in its configuration object."""
+    marks: list[Any] = []
+    for name, value in module.__dict__.items():
+        kind = type(value)
+        if kind in _SCALARS:
+            marks.append(value)
+        elif (
+            kind not in _CONTAINERS
+            and name != "_rewire"
+            and hasattr(value, "__dict__")
+            and not callable(value)
+        ):
+            marks += [item for item in vars(value).values() if type(item) in _SCALARS]
+    return marks
 
 
 class HomeRun:

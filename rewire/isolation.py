@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import nn
 
-from rewire.replay import rng_states, set_rng_states
+from rewire.replay import all_rng_states, set_rng_states
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
@@ -41,7 +41,7 @@ def isolated(model: nn.Module, *, values: bool = False) -> Iterator[None]:
     kept = [tensor for tensor in model.buffers() if values or tensor.numel() <= 1]
     buffers = [(tensor, tensor.detach().clone()) for tensor in kept if not tensor.is_meta]
     caches = [(cache, cache.cache_info().misses) for cache in _lru_caches(model)]
-    states = random.getstate(), numpy.random.get_state(), rng_states()
+    states = random.getstate(), numpy.random.get_state(), all_rng_states()
     for module in model.modules():
         for name in _HOOKS:
             module.__dict__[name] = OrderedDict()

@@ -150,6 +150,12 @@ def program_for(
     """
     if "forward" in vars(home):
         raise CannotTrace("its forward is replaced on the instance")
+    for name in residuals[0].inlined:
+        child = home.get_submodule(name)
+        if child._forward_hooks or child._forward_pre_hooks:
+            raise CannotTrace(
+                f"{name} has a forward hook, which would not run: its code is inlined"
+            )
     forward = type(home).forward if forward is None else forward
     trace = trace_home(home, forward, arguments, residuals[0].inlined, mode)
     return extract(trace, residuals, inner, trunk)

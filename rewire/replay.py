@@ -19,30 +19,34 @@ from torch import Tensor, nn
 from rewire.errors import NotRepeatable
 
 AutocastState = tuple[tuple[str, bool, torch.dtype], ...]
-RngStates = list[Tensor]
+RngStates = dict[int, Tensor]  # by CUDA device; -1 is the CPU
 
 
 # ---- random generators -------------------------------------------------------------------
 
 
-def rng_states() -> RngStates:
-    """States of the CPU generator and, where CUDA is up, of each CUDA device's."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        states += torch.cuda.get_rng_state_all()
+def rng_states(devices: Iterable[int] = ()) -> RngStates:
+    """States of the CPU generator and of the given CUDA devices' generators."""
+    states: RngStates = {-1: torch.get_rng_state()}
+    states.update((index, torch.cuda.get_rng_state(index)) for index in devices)
     return states
+
+
+def all_rng_states() -> RngStates:
+    """States of the CPU generator and, where CUDA is up, of every CUDA device's."""
+    up = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return rng_states(range(torch.cuda.device_count() if up else 0))
 
 
 def set_rng_states(states: RngStates) -> None:
     """The inverse of `rng_states`."""
-    torch.set_rng_state(states[0])
-    for device, state in enumerate(states[1:]):
-        torch.cuda.set_rng_state(state, device)
+    for index, state in states.items():
+        torch.set_rng_state(state) if index < 0 else torch.cuda.set_rng_state(state, index)
 
 
 def same_rng_states(a: RngStates, b: RngStates) -> bool:
     """Whether nothing was drawn between two snapshots."""
-    return len(a) == len(b) and all(map(torch.equal, a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[index], b[index]) for index in a)
 
 
 @contextmanager
@@ -51,7 +55,7 @@ def replayed_rng(states: RngStates | None) -> Iterator[None]:
     if states is None:
         yield
         return
-    current = rng_states()
+    current = rng_states(index for index in states if index >= 0)
     set_rng_states(states)
     try:
         yield

@@ -192,13 +192,13 @@ class Tape:
         """Run a branch for the first time, dropping what autograd saves."""
         step.sides = [structural_copy(side) for side in sides]
         step.versions = _versions(step.sides)
-        rng = self._current_rng()
+        rng = self._current_rng(x.device)
         before = step.branch.statistics.before()
         version = _version(x)
         with uncached_autocast(), step.record.dropping(self, ("step", len(self.steps))):
             output = step.branch(x, sides)
         step.buffers = step.branch.statistics.after(before)
-        if not same_rng_states(rng, self._current_rng()):
+        if not same_rng_states(rng, self._current_rng(x.device)):
             step.rng = rng
         if _version(x) != version or _versions(step.sides) != step.versions:
             raise NotRepeatable(
@@ -230,9 +230,9 @@ class Tape:
         self._owned = (owned, False)
         self.at = len(self.steps)
 
-    def _current_rng(self) -> RngStates:
+    def _current_rng(self, device: torch.device) -> RngStates:
         """The generators' states, one object while nothing is drawn (5 KB each)."""
-        states = rng_states()
+        states = rng_states([device.index] if device.type == "cuda" else [])
         if self._rng is None or not same_rng_states(states, self._rng):
             self._rng = states
         return self._rng

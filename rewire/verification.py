@@ -27,7 +27,7 @@ from rewire.errors import RewireError
 from rewire.inputs import Example, example_for
 from rewire.isolation import isolated, training_mode
 from rewire.profiling import floating_tensors, profile, saved_inside
-from rewire.replay import RngStates, rng_states
+from rewire.replay import RngStates, all_rng_states
 from rewire.reversible import ReversibleSequential, store_activations
 
 # Largest relative error of a gradient. In float64 rounding reaches 1e-13 in the deepest
@@ -164,8 +164,8 @@ def _training_checks(model: nn.Module, example: Example) -> Iterator[Check]:
     run, twin = _pair(model, example, training=True)
     limit = _gradient_limit(model)
     yield _gradient_check("randomness replayed", run.parameters, twin.parameters, limit)
-    pairs = zip(run.generators, twin.generators, strict=True)
-    moved = sum(not torch.equal(a, b) for a, b in pairs)
+    states = run.generators
+    moved = sum(not torch.equal(state, states[index]) for index, state in twin.generators.items())
     yield Check("generators afterwards", moved, 0, "generators", f"of {len(twin.generators)}")
     ours, theirs = ({n: b.nan_to_num() for n, b in r.buffers.items()} for r in (run, twin))
     changed = [name for name, b in theirs.items() if not torch.equal(ours[name], b)]
@@ -255,7 +255,7 @@ def _run(model: nn.Module, example: Example, training: bool, stored: bool) -> _R
         del output
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        generators = rng_states()
+        generators = all_rng_states()
     inputs = dict(zip(leaves, gradients, strict=False))
     weights = dict(zip(parameters, gradients[len(leaves) :], strict=True))
     return _Run(outputs, inputs, weights, buffers, generators, seen)

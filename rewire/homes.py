@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.errors import CannotTrace
-from rewire.extraction import BranchCode, Program
+from rewire.extraction import Program
 from rewire.links import Course, find
+from rewire.pieces import BranchCode
 from rewire.planning import program_for
 from rewire.plans import Residual
 from rewire.replay import Statistics

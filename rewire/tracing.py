@@ -7,14 +7,12 @@ would decide alike. Children are leaves: called, never looked into.
 
 from __future__ import annotations
 
-import math
 import operator
 import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -26,43 +24,16 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from rewire.errors import CannotTrace
 from rewire.isolation import isolated
+from rewire.proxies import HintProxy
 from rewire.replay import autocast_state
-from rewire.structure import Container, Leaf, Spec, flatten, tensors_of, unflatten
+from rewire.structure import Container, Spec, flatten, tensors_of, unflatten
+from rewire.traces import Trace, after_effect, storage_of, tensor_operands
 from rewire.watching import ADDITIONS, as_fake, watched_calls
 
 # Functions without tensor arguments, which torch would not hand to a proxy.
 _FACTORIES = """arange empty eye full linspace ones rand randint randn tensor zeros
     finfo iinfo""".split()
 _TRACING = threading.Lock()  # fx graphs are built under patches of torch's own names
-
-
-@dataclass
-class Trace:
-    """What tracing a home gave.
-
-    Attributes:
-        graph: Its torch calls, children as `call_module`.
-        hints: The value of each node in the traced run.
-        inputs: The placeholders, one for each leaf of the arguments.
-        outputs: A node or constant for each leaf of the result.
-        result: Structure of the result.
-        guards: Nodes whose values decided something, with the values.
-        constants: Placeholders that stand for objects the code reads, with the objects.
-        mutations: For each node, the tensors (storages) it changes in place.
-        adds: Nodes that add two floating tensors, in order.
-        varying: Nodes that depend on an argument.
-    """
-
-    graph: fx.Graph
-    hints: dict[fx.Node, Any] = field(default_factory=dict)
-    inputs: list[fx.Node] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
-    result: Spec = None
-    guards: list[tuple[fx.Node, Any]] = field(default_factory=list)
-    constants: dict[fx.Node, Any] = field(default_factory=dict)
-    mutations: dict[fx.Node, set[int]] = field(default_factory=dict)
-    adds: list[fx.Node] = field(default_factory=list)
-    varying: set[fx.Node] = field(default_factory=set)
 
 
 def trace_home(
@@ -358,93 +329,6 @@ class _Tracer(fx.proxy.TracerBase):
         return self.create_proxy("call_method", function.__name__, args, kwargs)
 
 
-class HintProxy(fx.Proxy):
-    """A proxy that answers Python's questions from its hint, and has the answers guarded."""
-
-    def __init__(self, node: fx.Node, tracer: _Tracer) -> None:
-        super().__init__(node, tracer)
-        tracer.register(self)
-
-    @property
-    def hint(self) -> Any:
-        """The value in the traced run."""
-        return self.tracer.trace.hints[self.node]  # type: ignore[attr-defined]
-
-    @property
-    def __class__(self) -> Any:
-        """So that `isinstance` answers as for the value."""
-        return Tensor if isinstance(self.hint, Tensor) else type(self.hint)
-
-    @__class__.setter
-    def __class__(self, value: Any) -> None:
-        raise TypeError("a proxy keeps its class")
-
-    def __getattr__(self, name: str) -> Any:
-        with self.tracer.plainly():  # type: ignore[attr-defined]
-            value = getattr(self.hint, name)
-        if callable(value):
-            return _Method(self, name)
-        return self._call(getattr, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("node", "tracer"):
-            raise CannotTrace(f"its forward sets the attribute {name!r} of an argument or result")
-        object.__setattr__(self, name, value)
-
-    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, *args), {})
-
-    def _decide(self, function: Callable[[Any], Any]) -> Any:
-        with self.tracer.plainly():  # type: ignore[attr-defined]
-            value = function(self.hint)
-        decided = self._call(function)
-        return self.tracer.guard(decided.node, value)  # type: ignore[attr-defined]
-
-    def __bool__(self) -> bool:
-        return self._decide(bool)  # type: ignore[no-any-return]
-
-    def __len__(self) -> int:
-        return self._decide(len)  # type: ignore[no-any-return]
-
-    def __int__(self) -> int:
-        return self._decide(int)  # type: ignore[no-any-return]
-
-    def __float__(self) -> float:
-        return self._decide(float)  # type: ignore[no-any-return]
-
-    def __index__(self) -> int:
-        return self._decide(operator.index)  # type: ignore[no-any-return]
-
-    def __ceil__(self) -> Any:
-        return self._call(math.ceil)
-
-    def __floor__(self) -> Any:
-        return self._call(math.floor)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([self._call(operator.getitem, number) for number in range(len(self))])
-
-    def __contains__(self, item: Any) -> bool:
-        return bool(self._call(operator.contains, item))
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._call(operator.setitem, key, value)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-class _Method:
-    """A bound method of a proxy."""
-
-    def __init__(self, proxy: HintProxy, name: str) -> None:
-        self._proxy, self._name = proxy, name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        proxy = self._proxy
-        return proxy.tracer.create_proxy("call_method", self._name, (proxy, *args), kwargs)
-
-
 class _Capture(TorchFunctionMode):
     """Hands every torch call of the traced code to the tracer."""
 
@@ -467,24 +351,6 @@ class _Capture(TorchFunctionMode):
 # ---- values and graphs -------------------------------------------------------------------
 
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-
-
-def after_effect(value: Any, effect: Any) -> Any:
-    """`value`, once `effect` has changed it in place."""
-    return value
-
-
-def tensor_operands(trace: Trace, node: fx.Node) -> list[fx.Node]:
-    """The positional operands of a node that are floating tensors, in order."""
-    operands = [*node.args, *node.kwargs.values()]
-    nodes = [operand for operand in operands if isinstance(operand, fx.Node)]
-    hints = trace.hints
-    return [n for n in nodes if isinstance(hints[n], Tensor) and hints[n].is_floating_point()]
-
-
-def storage_of(tensor: Tensor) -> int:
-    """Identity of a tensor's storage."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _tensor_attributes(home: nn.Module) -> Iterator[tuple[int, str]]:
@@ -535,6 +401,3 @@ def _thawed(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _thawed(item) for key, item in value.items()}
     return value
-
-
-__all__ = ["Leaf", "Trace", "after_effect", "storage_of", "tensor_operands", "trace_home"]

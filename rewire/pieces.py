@@ -1,0 +1,260 @@
+"""One residual module in a traced graph, and the code of its branch."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from rewire.errors import CannotTrace
+from rewire.plans import Residual
+from rewire.traces import (
+    Trace,
+    ancestors,
+    is_activation,
+    is_after_effect,
+    is_whole_view,
+    only_operand,
+    same_value,
+    storage_of,
+    tensor_operands,
+)
+
+
+@dataclass(frozen=True)
+class BranchCode:
+    """A residual branch as code.
+
+    Attributes:
+        name: Name of the residual module.
+        function: (home, x, *sides) -> (F, T or None, values that leave it sideways).
+        modules: Names, relative to the home, of the modules it calls.
+        source: The function's source, for people.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    modules: tuple[str, ...]
+    source: str
+
+
+class Piece:
+    """One residual module in the traced graph.
+
+    Attributes:
+        sum: The node of the sum; `adds` all adds of the sum.
+        entry: The node that carries the newest stream in.
+        skip: The skip operand; `head` where activations stand between `entry` and it.
+        region: Nodes of the branch.
+        tail: Nodes of the activation behind the sum.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        residual: Residual,
+        before: list[Piece],
+        homes: Collection[str],
+        trunk: str,
+    ) -> None:
+        self.trace = trace
+        self.residual = residual
+        self.sum = trace.adds[residual.add]
+        self.skip, self.adds, self.terms = self._take_sum()
+        self.entry = self._find_entry({piece.sum for piece in before})
+        self.region = self._find_region()
+        self._check(before, homes)
+        self._check_entry(before, homes)
+        inside = trunk == "inside"
+        self.tail = self._find_tail() if residual.tail or inside else []
+        self.tail_inside = inside
+
+    def _take_sum(self) -> tuple[fx.Node, list[fx.Node], list[fx.Node]]:
+        """The skip operand, the adds on the way to it, and all other terms."""
+        node, adds, terms = self.sum, [self.sum], []
+        for level, side in enumerate(self.residual.skip):
+            operands = tensor_operands(self.trace, node)
+            terms += [operand for number, operand in enumerate(operands) if number != side]
+            node = operands[side]
+            if level < len(self.residual.skip) - 1:
+                if node not in self.trace.adds or len(node.users) != 1:
+                    raise CannotTrace("a sum of several terms is not as it was watched")
+                adds.append(node)
+        return node, adds, terms
+
+    def _find_entry(self, sums: set[fx.Node]) -> fx.Node:
+        """Where the newest stream comes in: before the activations that lead to the skip."""
+        node = same_value(self.trace, self.skip)
+        if not self.residual.head:
+            return node
+        starts = self.residual.entry == "fork"
+        behind = ancestors(self.terms) if starts else frozenset()
+        while node not in sums and node.op != "placeholder" and node not in behind:
+            if not starts and not is_activation(self.trace, node):
+                break
+            node = same_value(self.trace, only_operand(self.trace, node))
+        return node
+
+    def _find_region(self) -> set[fx.Node]:
+        ahead = {self.entry}
+        for node in self.trace.graph.nodes:
+            if any(source in ahead for source in node.all_input_nodes):
+                ahead.add(node)
+        ends = [*self.terms, self.skip] if self.residual.head else self.terms
+        return (ahead & (ancestors(ends) | set(ends))) - {self.entry, *self.adds}
+
+    def _check(self, before: list[Piece], homes: Collection[str]) -> None:
+        name = self.residual.name
+        if not self.region:
+            raise CannotTrace(f"the branch of {name} does not start at its skip")
+        if any(piece.sum in self.region for piece in before):
+            raise CannotTrace(f"the branch of {name} holds another residual module")
+        called = {str(node.target) for node in self.region if node.op == "call_module"}
+        nested = sorted(called & set(homes))
+        if nested:
+            raise CannotTrace(f"the branch of {name} calls {nested[0]}, which is rewired itself")
+
+    def _check_entry(self, before: list[Piece], homes: Collection[str]) -> None:
+        """A link must lead to the entry: dropout, say, may stand there in train mode only."""
+        if self.residual.entry == "fork":
+            return
+        node = self.entry
+        while is_whole_view(self.trace, node):
+            node = only_operand(self.trace, node)
+        sums = {piece.result for piece in before} | {piece.sum for piece in before}
+        item = node.op == "call_function" and node.target in (operator.getitem, getattr)
+        source = node.all_input_nodes[0] if item else node
+        child = source.op == "call_module" and str(source.target) in homes
+        outside = self.residual.entry == "outside" and (node.op == "placeholder" or child)
+        if not outside and node not in sums:
+            raise CannotTrace(f"{node.target} stands on the trunk before {self.residual.name}")
+
+    def _find_tail(self) -> list[fx.Node]:
+        tail: list[fx.Node] = []
+        node = self.sum
+        while True:
+            users = [user for user in node.users if not is_after_effect(user)]
+            if len(users) != 1 or not is_activation(self.trace, users[0]):
+                break
+            node = users[0]
+            tail.append(node)
+        if self.residual.tail and not tail:
+            raise CannotTrace(f"no activation follows the sum of {self.residual.name}")
+        return tail
+
+    @property
+    def result(self) -> fx.Node:
+        """The node whose value later code sees."""
+        return self.tail[-1] if self.tail else self.sum
+
+    @property
+    def hidden(self) -> set[fx.Node]:
+        """Nodes that do not appear in the code around the branch."""
+        return {*self.region, *self.adds, *self.tail}
+
+    def sides(self) -> list[fx.Node]:
+        """Nodes outside the branch that it reads."""
+        inputs = {source for node in self.region for source in node.all_input_nodes}
+        inputs |= {*self.terms, self.skip} if self.residual.head else set(self.terms)
+        outside = inputs - self.region - {self.entry}
+        return [node for node in self.trace.graph.nodes if node in outside]
+
+    def sideways(self) -> list[fx.Node]:
+        """Nodes of the branch that are read outside of it."""
+        inside = self.region | set(self.adds)
+        leaving = {n for n in self.region if any(user not in inside for user in n.users)}
+        leaving |= {n for n in self.trace.outputs if isinstance(n, fx.Node)} & self.region
+        return [node for node in self.trace.graph.nodes if node in leaving]
+
+    # ---- code ----------------------------------------------------------------------------
+
+    def branch_code(self) -> BranchCode:
+        """The branch as a function of (home, x, *sides)."""
+        graph = fx.Graph()
+        copies = {self.entry: graph.placeholder("x")}
+        for number, node in enumerate(self.sides()):
+            copies[node] = graph.placeholder(f"side_{number}")
+        if self._changes_entry():
+            copies[self.entry] = graph.call_function(torch.clone, (copies[self.entry],))
+        for node in self.trace.graph.nodes:
+            if node in self.region:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        branch = functools.reduce(
+            lambda a, b: graph.call_function(torch.add, (a, b)),
+            [copies[term] for term in reversed(self.terms)],
+        )
+        if self.tail_inside:
+            branch = _copy_tail(self.trace, graph, self.tail, branch, fresh=True)
+        trunk = copies[self.skip] if self.residual.head else None
+        graph.output((branch, trunk, tuple(copies[node] for node in self.sideways())))
+        function, source = compiled(graph)
+        called = [str(node.target) for node in self.region if node.op == "call_module"]
+        return BranchCode(self.residual.name, function, tuple(dict.fromkeys(called)), source)
+
+    def _changes_entry(self) -> bool:
+        """Whether the branch writes into the storage of the stream it is given."""
+        stream = storage_of(self.trace.hints[self.entry])
+        changed = {s for node in self.region for s in self.trace.mutations.get(node, ())}
+        return stream in changed
+
+    def tail_code(self) -> Callable[..., Any] | None:
+        """The activation behind the sum as a function of (home, x)."""
+        if not self.tail or self.tail_inside:
+            return None
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        graph.output(_copy_tail(self.trace, graph, self.tail, x, fresh=self._tail_changes_sum()))
+        return compiled(graph)[0]
+
+    def _tail_changes_sum(self) -> bool:
+        changed = {s for node in self.tail for s in self.trace.mutations.get(node, ())}
+        return storage_of(self.trace.hints[self.sum]) in changed
+
+
+def _copy_tail(
+    trace: Trace, graph: fx.Graph, tail: list[fx.Node], x: fx.Node, *, fresh: bool
+) -> fx.Node:
+    """Copy the activation nodes behind a sum onto `x`; never in place on a stream."""
+    if fresh and tail:
+        x = graph.call_function(torch.clone, (x,))
+    for node in tail:
+        constants = [n for n in node.all_input_nodes if n not in trace.varying]
+        copies = _copy_constants(graph, constants)
+        copies.update(dict.fromkeys(set(node.all_input_nodes) - set(constants), x))
+        x = graph.node_copy(node, copies.__getitem__)
+    return x
+
+
+def _copy_constants(graph: fx.Graph, nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Copy nodes that depend on no argument, with all they read."""
+    copies: dict[fx.Node, fx.Node] = {}
+    needed = ancestors(nodes) | set(nodes)
+    for node in nodes[0].graph.nodes if nodes else ():
+        if node in needed:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return copies
+
+
+def compiled(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
+    """A function (home, *placeholders) from a graph."""
+    code = graph.python_code(root_module="self")
+    return _function(code.src, _Globals(code.globals)), code.src
+
+
+class _Globals(dict[str, Any]):
+    """A function's globals, hashable by content so that equal blocks share their code."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _function(source: str, names: _Globals) -> Callable[..., Any]:
+    scope = dict(names)
+    exec(compile(source, "<rewire>", "exec"), scope)
+    return scope["forward"]  # type: ignore[no-any-return]

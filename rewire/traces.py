@@ -1,0 +1,134 @@
+"""A traced home: its graph with the values of one run, and questions about its nodes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from rewire.errors import CannotTrace
+from rewire.structure import Spec
+
+
+@dataclass
+class Trace:
+    """What tracing a home gave.
+
+    Attributes:
+        graph: Its torch calls, children as `call_module`.
+        hints: The value of each node in the traced run.
+        inputs: The placeholders, one for each leaf of the arguments.
+        outputs: A node or constant for each leaf of the result.
+        result: Structure of the result.
+        guards: Nodes whose values decided something, with the values.
+        constants: Placeholders that stand for objects the code reads, with the objects.
+        mutations: For each node, the tensors (storages) it changes in place.
+        adds: Nodes that add two floating tensors, in order.
+        varying: Nodes that depend on an argument.
+    """
+
+    graph: fx.Graph
+    hints: dict[fx.Node, Any] = field(default_factory=dict)
+    inputs: list[fx.Node] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    result: Spec = None
+    guards: list[tuple[fx.Node, Any]] = field(default_factory=list)
+    constants: dict[fx.Node, Any] = field(default_factory=dict)
+    mutations: dict[fx.Node, set[int]] = field(default_factory=dict)
+    adds: list[fx.Node] = field(default_factory=list)
+    varying: set[fx.Node] = field(default_factory=set)
+
+
+def after_effect(value: Any, effect: Any) -> Any:
+    """`value`, once `effect` has changed it in place."""
+    return value
+
+
+def tensor_operands(trace: Trace, node: fx.Node) -> list[fx.Node]:
+    """The positional operands of a node that are floating tensors, in order."""
+    operands = [*node.args, *node.kwargs.values()]
+    nodes = [operand for operand in operands if isinstance(operand, fx.Node)]
+    hints = trace.hints
+    return [n for n in nodes if isinstance(hints[n], Tensor) and hints[n].is_floating_point()]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Identity of a tensor's storage."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+_PURE = (operator.getitem, getattr, len, bool, int, float, operator.index)
+
+
+def needed_nodes(trace: Trace) -> set[fx.Node]:
+    """Nodes that are read or do something: unread attributes, items and sizes are left out."""
+    needed: set[fx.Node] = {output for output in trace.outputs if isinstance(output, fx.Node)}
+    for node in reversed(list(trace.graph.nodes)):
+        pure = node.op in ("placeholder", "get_attr") or is_after_effect(node)
+        pure = pure or (node.op == "call_function" and node.target in _PURE)
+        pure = pure or not isinstance(trace.hints[node], (Tensor, type(None), tuple, list, dict))
+        if node in needed or node in trace.mutations or not pure:
+            needed.update((node, *node.all_input_nodes))
+    return needed
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = [source for node in nodes for source in node.all_input_nodes]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return frozenset(found)
+
+
+def is_after_effect(node: fx.Node) -> bool:
+    """Whether a node only says that another's value was changed in place."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "after_effect"
+
+
+def is_activation(trace: Trace, node: fx.Node) -> bool:
+    """Whether a node keeps shape and place of its only tensor operand, in a new tensor."""
+    values = [n for n in tensor_operands(trace, node) if n in trace.varying]
+    hint = trace.hints.get(node)
+    if node.op not in ("call_function", "call_method", "call_module") or len(values) != 1:
+        return False
+    source = trace.hints[values[0]]
+    if not isinstance(hint, Tensor) or hint.shape != source.shape:
+        return False
+    in_place = node in trace.mutations
+    return in_place or hint is source or storage_of(hint) != storage_of(source)
+
+
+def is_whole_view(trace: Trace, node: fx.Node) -> bool:
+    """Whether a node is all of its first operand's storage under another shape."""
+    if node.op not in ("call_function", "call_method") or node in trace.mutations:
+        return False
+    hint, values = trace.hints.get(node), tensor_operands(trace, node)
+    if not isinstance(hint, Tensor) or not values:
+        return False
+    source = trace.hints[values[0]]
+    same = storage_of(hint) == storage_of(source) and hint.numel() == source.numel()
+    return same and hint.dtype == source.dtype
+
+
+def same_value(trace: Trace, node: fx.Node) -> fx.Node:
+    """The node behind calls that gave their operand itself (`nn.Identity`)."""
+    while node.op.startswith("call") and node not in trace.mutations:
+        inputs = node.all_input_nodes[-1:] if is_after_effect(node) else node.all_input_nodes
+        sources = [n for n in inputs if trace.hints[n] is trace.hints[node]]
+        if not sources:
+            break
+        node = sources[0]
+    return node
+
+
+def only_operand(trace: Trace, node: fx.Node) -> fx.Node:
+    values = [n for n in tensor_operands(trace, node) if n in trace.varying]
+    if len(values) != 1:
+        raise CannotTrace(f"the trunk cannot be followed through {node.target}")
+    return values[0]

@@ -24,7 +24,7 @@ from rewire.links import Course, find
 from rewire.pieces import BranchCode
 from rewire.planning import program_for
 from rewire.plans import Residual
-from rewire.replay import Statistics
+from rewire.replay import Parameters, Statistics
 from rewire.reversible import ReversibleSequential, advance, attach, dense, follow, resume
 from rewire.structure import flatten, unflatten
 from rewire.tape import Branch, Output
@@ -61,7 +61,9 @@ class HomeBranch:
         self.name = code.name
         self.home = home
         self.code = code
-        self.statistics = Statistics([home.get_submodule(name) for name in code.modules])
+        modules = [home.get_submodule(name) for name in code.modules]
+        self.statistics = Statistics(modules)
+        self.parameters = Parameters(modules)
 
     def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
         """Run the branch's code on its home."""

@@ -158,7 +158,10 @@ class Piece:
         return {*self.region, *self.adds, *self.tail}
 
     def sides(self) -> list[fx.Node]:
-        """Nodes outside the branch that it reads."""
+        """Values from outside the branch that it reads."""
+        return [node for node in self._read_outside() if node.op != "get_attr"]
+
+    def _read_outside(self) -> list[fx.Node]:
         inputs = {source for node in self.region for source in node.all_input_nodes}
         inputs |= {*self.terms, self.skip} if self.residual.head else set(self.terms)
         outside = inputs - self.region - {self.entry}
@@ -181,6 +184,9 @@ class Piece:
             copies[node] = graph.placeholder(f"side_{number}")
         if self._changes_entry():
             copies[self.entry] = graph.call_function(torch.clone, (copies[self.entry],))
+        for node in self._read_outside():
+            if node.op == "get_attr":  # read where it is used: FSDP swaps parameters
+                copies[node] = graph.node_copy(node)
         for node in self.trace.graph.nodes:
             if node in self.region:
                 copies[node] = graph.node_copy(node, copies.__getitem__)

@@ -155,6 +155,23 @@ class Statistics:
         return [(m, n, old) for (m, n), old in kept]
 
 
+class Parameters:
+    """The parameters a branch uses."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        found = {id(m): m for module in modules for m in module.modules()}
+        self._places = [(m, name) for m in found.values() for name in m._parameters]
+
+    def borrowed(self) -> bool:
+        """Whether another tensor stands in the place of a parameter for a while.
+
+        `torch.func.functional_call` does that. It will be gone in backward, so such a run
+        stores its activations.
+        """
+        held = (module._parameters.get(name) for module, name in self._places)
+        return any(p is not None and not isinstance(p, nn.Parameter) for p in held)
+
+
 @contextmanager
 def replayed_buffers(changed: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
     """Run on copies of the buffers' earlier values; the buffers themselves stay untouched."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rewire.errors import StreamMismatch
 from rewire.links import Course, Link, attach, choose_site, find, layout, relaid, version
-from rewire.replay import Statistics, autocast_state
+from rewire.replay import Parameters, Statistics, autocast_state
 from rewire.tape import Branch, Output, Record, Step, Tail, Tape
 
 
@@ -25,7 +25,9 @@ class ModuleBranch:
     def __init__(self, name: str, function: Callable[..., Tensor]) -> None:
         self.name = name
         self.function = function
-        self.statistics = Statistics([function] if isinstance(function, nn.Module) else [])
+        self.modules = [function] if isinstance(function, nn.Module) else []
+        self.statistics = Statistics(self.modules)
+        self.parameters = Parameters(self.modules)
 
     def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
         """F(x, *sides)."""
@@ -88,6 +90,11 @@ class ReversibleSequential(nn.Module):
             x: [*S], floating point.
             sides: Handed to every branch: masks, embeddings, ...
         """
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._run)(x, *sides)  # type: ignore[no-any-return, no-untyped-call]
+        return self._run(x, *sides)
+
+    def _run(self, x: Tensor, *sides: Any) -> Tensor:
         x = dense(x)
         link = open_chain(self.course, x)
         for site, branch in enumerate(self.branches):
@@ -98,11 +105,13 @@ class ReversibleSequential(nn.Module):
         """Both streams after the last module, newest first; activations are stored."""
         newest = older = _stream(dense(x))
         for branch in self.branches:
-            output = branch(newest, sides)
+            output = branch(newest.to(x.dtype), sides)
             newest, older = self.course.arithmetic.forward(newest, older, *output[:2]), newest
         return newest, older
 
-    def inverse(self, newer: Tensor, older: Tensor, *sides: Any) -> tuple[Tensor, Tensor]:
+    def inverse(
+        self, newer: Tensor, older: Tensor, *sides: Any, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Recover the streams before the first module from those after the last.
 
         Exact up to one rounding of each subtraction; along a chain the roundings add.
@@ -111,6 +120,7 @@ class ReversibleSequential(nn.Module):
             newer: Newest stream, [*S].
             older: Older stream; shape, dtype and device of `newer`.
             sides: As in `forward`.
+            dtype: Of the branches' inputs, where it is not that of the streams.
 
         Returns:
             (newest, older) at the start, both the chain's input.
@@ -123,7 +133,7 @@ class ReversibleSequential(nn.Module):
                 f"{list(older.shape)}; both must be what `streams` returned."
             )
         for branch in reversed(self.branches):
-            output = branch(older, sides)
+            output = branch(older.to(dtype or older.dtype), sides)
             newer, older = older, self.course.arithmetic.inverse(newer, older, *output[:2])
         return newer, older
 
@@ -198,7 +208,7 @@ def advance(
     """
     course = link.course
     newest, older, relayout = link.streams(x)
-    tape = _tape_for(link, newest, older)
+    tape = None if branch.parameters.borrowed() else _tape_for(link, newest, older)
     if tape is None:
         output = branch(x, sides)
     else:
@@ -213,16 +223,11 @@ def advance(
         )
         output = tape.run(step, x, sides)
     trunk = x if output.trunk is None and link.tail is not None else output.trunk
+    _check_shape(branch.name, output.branch, newest)
     following = course.arithmetic.forward(newest, older, output.branch, trunk)
-    if following.shape != newest.shape:
-        raise StreamMismatch(
-            f"{branch.name}: the branch gives {list(output.branch.shape)}, the stream is "
-            f"{list(newest.shape)}. `rewire inspect` shows the plan; keep the module out with "
-            "`exclude=`."
-        )
     last = site == len(course.sites) - 1
     if tape is not None:
-        tape.commit(step, following, newest, owned=last)
+        tape.commit(step, following, newest)
     course.ran(site)
     visible = course.arithmetic.merge(following, newest) if last else following
     visible = visible.to(x.dtype)
@@ -230,6 +235,16 @@ def advance(
     stream = alias(following) if visible is following else following
     made = Link(course, site, stream, newest, tape, position, version(visible))
     return visible, made, output.sideways
+
+
+def _check_shape(name: str, branch: Tensor, stream: Tensor) -> None:
+    """A branch has the stream's shape, or one that broadcasts to it."""
+    sizes = zip(reversed(branch.shape), reversed(stream.shape), strict=False)
+    if branch.dim() > stream.dim() or any(a not in (1, b) for a, b in sizes):
+        raise StreamMismatch(
+            f"{name}: the branch gives {list(branch.shape)}, the stream is {list(stream.shape)}. "
+            "`rewire inspect` shows the plan; keep the module out with `exclude=`."
+        )
 
 
 def follow(link: Link, x: Tensor, call: Callable[[Tensor], Tensor]) -> tuple[Tensor, Link]:
@@ -258,6 +273,10 @@ class _Alias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.detach()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

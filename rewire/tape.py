@@ -25,6 +25,7 @@ from rewire.coupling import Coupling
 from rewire.errors import NotRepeatable
 from rewire.replay import (
     AutocastState,
+    Parameters,
     RngStates,
     Statistics,
     replayed_autocast,
@@ -52,6 +53,7 @@ class Branch(Protocol):
 
     name: str
     statistics: Statistics
+    parameters: Parameters
 
     def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
         """Run on `x`, the newest stream, with the side inputs."""
@@ -181,8 +183,6 @@ class Tape:
         self.steps: list[Step] = []
         self.tails: dict[int, Tail] = {}
         self.at = 0
-        # Whether nobody but the tape sees the storage of newest, older.
-        self._owned = (False, False)
         self._caught: list[Record] = []
         self._rng: RngStates | None = None
 
@@ -216,18 +216,10 @@ class Tape:
         self.tails[position] = tail
         return result
 
-    def commit(self, step: Step, newest: Tensor, older: Tensor, *, owned: bool) -> None:
-        """Note a step that has run, and the streams after it.
-
-        Args:
-            step: The step.
-            newest: x_{i+1}.
-            older: x_i.
-            owned: Nobody else will see `newest`, so that its storage may be written to.
-        """
+    def commit(self, step: Step, newest: Tensor, older: Tensor) -> None:
+        """Note a step that has run, and the streams after it: x_{i+1} and x_i."""
         self.steps.append(step)
         self.newest, self.older = newest.detach(), older.detach()
-        self._owned = (owned, False)
         self.at = len(self.steps)
 
     def _current_rng(self, device: torch.device) -> RngStates:
@@ -267,8 +259,8 @@ class Tape:
             return
         self._move(index)
         tail = self.tails[index]
-        self._forget(tail.record)
-        with torch.enable_grad(), uncached_autocast(), tail.record.catching():
+        self._forget()
+        with torch.enable_grad(), uncached_autocast(), self._catch(tail.record):
             tail.call(self.newest.detach().to(tail.dtype).requires_grad_())
 
     def _move(self, state: int) -> None:
@@ -283,10 +275,9 @@ class Tape:
         step = self.steps[self.at - 1]
         newer, newest = self.newest, self.older
         output = self._run(step, newest, catch=catch)
-        out = newer if self._owned[0] else None
+        out = newer if _is_alone(newer) else None
         older = self.coupling.inverse(newer, newest, output.branch, output.trunk, out=out)
         self.newest, self.older = step.leave(newest), step.leave(older)
-        self._owned = (self._owned[1], True)
         self.at -= 1
         if self.at == 0 and self.begins_equal:
             drift.compare(self.chain, self.newest, self.older)
@@ -298,7 +289,6 @@ class Tape:
         output = self._run(step, newest, catch=False)
         following = self.coupling.forward(newest, older, output.branch, output.trunk)
         self.newest, self.older = following, newest
-        self._owned = (True, self._owned[0])
         self.at += 1
 
     def _run(self, step: Step, newest: Tensor, *, catch: bool) -> Output:
@@ -311,6 +301,7 @@ class Tape:
                 f"{step.branch.name}: one of its side inputs was changed in place after forward. "
                 "Clone the tensor before changing it."
             )
+        self._forget()
         sides = [structural_copy(side) for side in step.sides]
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
@@ -318,9 +309,7 @@ class Tape:
             stack.enter_context(replayed_rng(step.rng))
             stack.enter_context(replayed_buffers(step.buffers))
             x, trunk = self._input(step, newest, catch=catch)
-            if catch:
-                self._forget(step.record)
-            with step.record.catching() if catch else Hooks(_drop, _never):
+            with self._catch(step.record) if catch else Hooks(_drop, _never):
                 output = step.branch(x, sides)
             if catch:
                 step.record.complete()
@@ -333,21 +322,29 @@ class Tape:
         if step.tail is None:
             return step.enter(x), None
         catch = catch and step.tail in self.tails.values()
-        if catch:
-            self._forget(step.tail.record)
-        with step.tail.record.catching() if catch else Hooks(_drop, _never):
+        with self._catch(step.tail.record) if catch else Hooks(_drop, _never):
             x = step.enter(step.tail.call(x))
         return x, x
 
-    def _forget(self, record: Record) -> None:
-        """Let go of what was caught elsewhere, and remember where is caught now.
-
-        A step's rerun catches for two records (its tail's and its own): the tail's stays.
-        """
-        self._caught = [r for r in self._caught if r is not record]
-        while len(self._caught) > 1:
-            self._caught.pop(0).caught.clear()
+    def _catch(self, record: Record) -> Hooks:
+        """Hooks that catch for a record, which is noted to be forgotten with the others."""
         self._caught.append(record)
+        return record.catching()
+
+    def _forget(self) -> None:
+        """Let go of what is caught and was not asked for: streams are about to change."""
+        for record in self._caught:
+            record.caught.clear()
+        self._caught.clear()
+
+
+def _is_alone(stream: Tensor) -> bool:
+    """Whether nobody else sees a stream's storage, so that it may be written to.
+
+    Hidden states that the user keeps, side inputs, and what double backward saves do see it.
+    """
+    storage = stream.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) <= 2
 
 
 def _laid_out(stream: Tensor, layout: Layout) -> Tensor:

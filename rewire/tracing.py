@@ -62,6 +62,7 @@ def trace_home(
         if mode is not None:
             leaves = [as_fake(mode, leaf) for leaf in leaves]
             stack.enter_context(mode)
+            _gather_shards(home)
         stack.enter_context(torch.enable_grad())
         tracer = _Tracer(home, {home.get_submodule(name) for name in inlined} | {home})
         stack.enter_context(tracer.patches())
@@ -351,6 +352,18 @@ class _Capture(TorchFunctionMode):
 # ---- values and graphs -------------------------------------------------------------------
 
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+
+
+def _gather_shards(home: nn.Module) -> None:
+    """Put fake tensors of full shape in the place of sharded parameters (FSDP2's DTensors).
+
+    The trace runs without the hooks that would gather them; `isolated` puts the shards back.
+    """
+    for module in home.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and hasattr(parameter, "full_tensor"):
+                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                module._parameters[name] = nn.Parameter(whole, parameter.requires_grad)
 
 
 def _tensor_attributes(home: nn.Module) -> Iterator[tuple[int, str]]:

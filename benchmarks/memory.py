@@ -208,6 +208,7 @@ def main(
         names = list(WORKLOADS) if workload == "all" else [workload]
         for name in names:
             for depth in map(int, depths.split(",")):
+                Console(stderr=True).print(f"{name}, depth {depth}")
                 module, x = WORKLOADS[name](depth)
                 rows += measure(name, depth, module, (x,), rounds)
     show(rows)

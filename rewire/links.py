@@ -8,6 +8,7 @@ that they live exactly as long as it does.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +25,12 @@ from rewire.tape import Layout, Step, Tail, Tape
 class _Run(threading.local):
     """In each thread, the site of a chain that ran last; -1 when the chain is complete.
 
-    `visible` keeps that site's result alive in inference mode, where a view does not keep
-    the tensor it is a view of.
+    `tape` tells whether that run can still be going on. `visible` keeps the site's result alive
+    in inference mode, where a view does not keep the tensor it is a view of.
     """
 
     site = -1
+    tape: weakref.ref[Tape] | None = None
     visible: Tensor | None = None
 
 
@@ -55,10 +57,20 @@ class Course:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, run=_Run())
 
-    def ran(self, site: int) -> None:
+    def ran(self, site: int, tape: Tape | None) -> None:
         """Note which residual module ran last in this thread."""
         self.run.site = -1 if site == len(self.sites) - 1 else site
+        self.run.tape = None if tape is None else weakref.ref(tape)
         self.run.visible = None
+
+    def last(self) -> int:
+        """The site that ran last in a run that can still be going on; else -1.
+
+        A run that stopped early and whose graph is gone has ended.
+        """
+        if self.run.tape is not None and self.run.tape() is None:
+            self.run.site = -1
+        return self.run.site
 
     @property
     def arithmetic(self) -> Coupling:
@@ -153,7 +165,9 @@ def _find_alias(x: Tensor, course: Course) -> Link | None:
     if place is None:
         return None
     for tensor, link in list(_links.items()):
-        if link.course is course and tensor.numel() == x.numel() and _place(tensor) == place:
+        # A detached alias is no link: the older stream would bring the graph back in.
+        alike = tensor.numel() == x.numel() and tensor.requires_grad == x.requires_grad
+        if link.course is course and alike and _place(tensor) == place:
             return link
     return None
 
@@ -184,15 +198,14 @@ def choose_site(course: Course, sites: Sequence[int], link: Link | None) -> tupl
         following = [site for site in sites if site > link.site]
         if following:
             return following[0], link
-    last = course.run.site
-    skipped = [site for site in sites if site > last]
-    if sites[0] == 0 or last < 0 or not skipped:
+    last = course.last() if link is None else link.site
+    if sites[0] == 0 or last < 0 or (link is None and sites[-1] <= last):
         return sites[0], None
     raise StreamMismatch(
-        f"{course.sites[skipped[0]]}: its input is not the result of {course.sites[last]}, which "
-        f"ran before it in chain {course.name or '(model)'}. Between two modules of a chain only "
-        "views of the whole tensor are allowed (no copy, cast, scale, or change of order); keep "
-        "one of them out with `exclude=` to cut the chain there."
+        f"{course.sites[sites[0]]}: its input does not come next after {course.sites[last]}, which "
+        f"ran before it in chain {course.name or '(model)'}. Between two modules of a "
+        "chain only views of the whole tensor are allowed (no copy, cast, scale, or change of "
+        "order); keep one of them out with `exclude=` to cut the chain there."
     )
 
 

@@ -34,12 +34,14 @@ class BranchCode:
         name: Name of the residual module.
         function: (home, x, *sides) -> (F, T or None, values that leave it sideways).
         modules: Names, relative to the home, of the modules it calls.
+        attributes: (module, name) of the parameters and buffers it reads itself.
         source: The function's source, for people.
     """
 
     name: str
     function: Callable[..., Any]
     modules: tuple[str, ...]
+    attributes: tuple[tuple[str, str], ...]
     source: str
 
 
@@ -200,7 +202,10 @@ class Piece:
         graph.output((branch, trunk, tuple(copies[node] for node in self.sideways())))
         function, source = compiled(graph)
         called = [str(node.target) for node in self.region if node.op == "call_module"]
-        return BranchCode(self.residual.name, function, tuple(dict.fromkeys(called)), source)
+        read = [str(node.target).rpartition(".") for node in graph.nodes if node.op == "get_attr"]
+        attributes = tuple(dict.fromkeys((owner, name) for owner, _, name in read))
+        modules = tuple(dict.fromkeys(called))
+        return BranchCode(self.residual.name, function, modules, attributes, source)
 
     def _changes_entry(self) -> bool:
         """Whether the branch writes into the storage of the stream it is given."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import io
+import operator
 import pickle
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -77,9 +78,9 @@ def autocast_state(device_type: str) -> AutocastState:
 @contextmanager
 def replayed_autocast(state: AutocastState) -> Iterator[None]:
     """Re-enter autocast as it was: the engine runs backward with it off."""
-    current = autocast_state(state[-1][0])
-    if state == current:
-        yield
+    if state == autocast_state(state[-1][0]):
+        with uncached_autocast():
+            yield
         return
     with ExitStack() as stack:
         for name, enabled, dtype in state:
@@ -104,6 +105,7 @@ def uncached_autocast() -> Iterator[None]:
 
 
 Place = tuple[nn.Module, str]
+Changed = list[tuple[nn.Module, str, Tensor]]
 
 
 class Before(NamedTuple):
@@ -115,61 +117,117 @@ class Before(NamedTuple):
     versions: list[int]
 
 
-class Statistics:
-    """The buffers that a branch changes when it runs, e.g. BatchNorm's running mean.
+class Held(NamedTuple):
+    """A parameter as a run used it."""
 
-    Which ones is learnt by comparing values around the first run with the same training
-    flags (BatchNorm's kernel does not bump version counters), later also by version
-    counters. For each run the values before it are kept, so that a rerun starts from
-    them, on clones.
+    module: nn.Module
+    name: str
+    parameter: Tensor
+    version: int
+
+
+class Holdings:
+    """The parameters and buffers of the modules that a branch calls.
+
+    Buffers may change when the branch runs, e.g. BatchNorm's running mean. Which modules do
+    that is learnt by comparing values around the first run with the same training flags
+    (BatchNorm's kernel does not bump version counters), later also by version counters. For
+    each run the values before it are kept, so that a rerun starts from them, on clones.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        found = {id(m): m for module in modules for m in module.modules()}
-        self._owners = [m for m in found.values() if m._buffers]
-        self._all = [(m, name) for m in self._owners for name in m._buffers]
+    def __init__(self) -> None:
+        self._modules: list[nn.Module] = []
+        self._owners: list[nn.Module] = []
+        self._buffers: list[Place] = []
+        self._parameters: list[Place] = []
         self._learnt: dict[tuple[bool, ...], list[Place]] = {}
+
+    def refresh(self, roots: Iterable[nn.Module | None], read: Iterable[Place] = ()) -> None:
+        """Look at the modules again: children may have been replaced or parametrized.
+
+        Args:
+            roots: Modules that are called.
+            read: Parameters and buffers that are read from modules that are not.
+        """
+        modules = _tree(roots)
+        same = len(modules) == len(self._modules)
+        if same and all(map(operator.is_, modules, self._modules)):
+            return
+        self._modules = modules
+        self._owners = [m for m in modules if m._buffers]
+        self._buffers = [(m, name) for m in self._owners for name in m._buffers]
+        self._parameters = [(m, name) for m in modules for name in m._parameters]
+        self._parameters += [(m, name) for m, name in read if name in m._parameters]
+        self._buffers += [(m, name) for m, name in read if name in m._buffers]
+        self._learnt = {}
 
     def before(self) -> Before | None:
         """The buffers that the coming run may change, with copies of their values."""
-        if not self._all:
+        if not self._buffers:
             return None
         flags = tuple(m.training for m in self._owners)
-        places = self._learnt.get(flags, self._all)
+        places = self._learnt.get(flags, self._buffers)
         values = [_clone(m._buffers[name]) for m, name in places]
-        return Before(flags, places, values, [_version(m._buffers[n]) for m, n in self._all])
+        versions = [_version(m._buffers[name]) for m, name in self._buffers]
+        return Before(flags, places, values, versions)
 
-    def after(self, before: Before | None) -> list[tuple[nn.Module, str, Tensor]]:
-        """What the run changed, with the values before it."""
+    def after(self, before: Before | None) -> Changed:
+        """The buffers the run may have changed, with the values before it."""
         if before is None:
             return []
-        kept = zip(before.places, before.values, strict=True)
+        kept = list(zip(before.places, before.values, strict=True))
         if before.flags not in self._learnt:
-            changed = [(m, n, old) for (m, n), old in kept if not _same(m._buffers[n], old)]
-            self._learnt[before.flags] = [(m, n) for m, n, _ in changed]
-            return changed
-        known = {(id(m), name) for m, name in before.places}
-        for (m, name), version in zip(self._all, before.versions, strict=True):
-            if (id(m), name) not in known and _version(m._buffers[name]) != version:
-                self._learnt[before.flags] = [*self._learnt[before.flags], (m, name)]
-        return [(m, n, old) for (m, n), old in kept]
+            busy = {m for (m, n), old in kept if not _same(m._buffers[n], old)}
+        else:
+            now = zip(self._buffers, before.versions, strict=True)
+            busy = {m for (m, n), version in now if _version(m._buffers[n]) != version}
+            busy |= {m for m, _ in before.places}
+        self._learnt[before.flags] = [(m, n) for m, n in self._buffers if m in busy]
+        return [(m, n, old) for (m, n), old in kept if m in busy]
+
+    def parameters(self) -> list[Held]:
+        """The parameters in use, with their version counters."""
+        held = ((m, name, m._parameters.get(name)) for m, name in self._parameters)
+        return [Held(m, name, p, _version(p)) for m, name, p in held if p is not None]
 
 
-class Parameters:
-    """The parameters a branch uses."""
+def _tree(roots: Iterable[nn.Module | None]) -> list[nn.Module]:
+    """The modules below `roots`, each once."""
+    found: dict[int, nn.Module] = {}
+    todo = list(roots)
+    while todo:
+        module = todo.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            todo.extend(module._modules.values())
+    return list(found.values())
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        found = {id(m): m for module in modules for m in module.modules()}
-        self._places = [(m, name) for m in found.values() for name in m._parameters]
 
-    def borrowed(self) -> bool:
-        """Whether another tensor stands in the place of a parameter for a while.
+@contextmanager
+def replayed_parameters(held: Sequence[Held]) -> Iterator[None]:
+    """Run with the parameters of an earlier run, where others stand in their place now.
 
-        `torch.func.functional_call` does that. It will be gone in backward, so such a run
-        stores its activations.
-        """
-        held = (module._parameters.get(name) for module, name in self._places)
-        return any(p is not None and not isinstance(p, nn.Parameter) for p in held)
+    `torch.func.functional_call` lends tensors to a module for one call. FSDP2 swaps shards and
+    gathered parameters itself, so those are left to it.
+    """
+    places = [(h, h.module._parameters.get(h.name)) for h in held]
+    lent = [(h, now) for h, now in places if now is not h.parameter and _both_plain(h, now)]
+    try:
+        for h, _ in lent:
+            h.module._parameters[h.name] = h.parameter  # type: ignore[assignment]
+        yield
+    finally:
+        for h, now in lent:
+            h.module._parameters[h.name] = now
+
+
+def changed_parameter(held: Sequence[Held]) -> str | None:
+    """Name of a parameter that was changed in place since it was used."""
+    return next((h.name for h in held if _version(h.parameter) != h.version), None)
+
+
+def _both_plain(held: Held, now: Tensor | None) -> bool:
+    return not hasattr(held.parameter, "full_tensor") and not hasattr(now, "full_tensor")
 
 
 @contextmanager
@@ -229,6 +287,8 @@ def structural_copy(value: Any) -> Any:
     Raises:
         NotRepeatable: The object cannot be copied.
     """
+    if isinstance(value, Tensor):
+        return detached(value)
     if isinstance(value, _NUMBERS + _SHARED):
         return value
     try:

@@ -15,23 +15,34 @@ from torch import Tensor, nn
 
 from rewire.errors import StreamMismatch
 from rewire.links import Course, Link, attach, choose_site, find, layout, relaid, version
-from rewire.replay import Parameters, Statistics, autocast_state
+from rewire.replay import Holdings, autocast_state
 from rewire.tape import Branch, Output, Record, Step, Tail, Tape
 
 
 class ModuleBranch:
     """A branch that is one module or function of the stream and the side inputs."""
 
-    def __init__(self, name: str, function: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, name: str, owner: nn.Module, key: str, function: Callable[..., Tensor]
+    ) -> None:
         self.name = name
-        self.function = function
-        self.modules = [function] if isinstance(function, nn.Module) else []
-        self.statistics = Statistics(self.modules)
-        self.parameters = Parameters(self.modules)
+        self.holdings = Holdings()
+        self._owner, self._key = owner, key
+        self._function = None if isinstance(function, nn.Module) else function
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        """The function, or the module that is the owner's child now."""
+        return self._function or getattr(self._owner, self._key)
 
     def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
         """F(x, *sides)."""
         return Output(self.function(x, *sides), None, ())
+
+    def refresh(self) -> None:
+        """Look at the module again."""
+        function = self.function
+        self.holdings.refresh([function] if isinstance(function, nn.Module) else [])
 
     def __repr__(self) -> str:
         return repr(self.function)
@@ -79,7 +90,8 @@ class ReversibleSequential(nn.Module):
         for index, function in enumerate(functions):
             if isinstance(function, nn.Module):
                 self.add_module(str(index), function)
-            self.branches.append(ModuleBranch(f"{name}.{index}".lstrip("."), function))
+            full = f"{name}.{index}".lstrip(".")
+            self.branches.append(ModuleBranch(full, self, str(index), function))
         sites = tuple(branch.name for branch in self.branches)
         self.course = Course(name, sites, coupling)
 
@@ -208,7 +220,8 @@ def advance(
     """
     course = link.course
     newest, older, relayout = link.streams(x)
-    tape = None if branch.parameters.borrowed() else _tape_for(link, newest, older)
+    branch.refresh()
+    tape = _tape_for(link, newest, older)
     if tape is None:
         output = branch(x, sides)
     else:
@@ -228,7 +241,7 @@ def advance(
     last = site == len(course.sites) - 1
     if tape is not None:
         tape.commit(step, following, newest)
-    course.ran(site)
+    course.ran(site, tape)
     visible = course.arithmetic.merge(following, newest) if last else following
     visible = visible.to(x.dtype)
     position = 0 if tape is None else len(tape.steps)

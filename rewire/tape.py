@@ -22,20 +22,23 @@ from torch import Tensor
 
 from rewire import drift
 from rewire.coupling import Coupling
-from rewire.errors import NotRepeatable
+from rewire.errors import NotRepeatable, StreamMismatch
 from rewire.replay import (
     AutocastState,
-    Parameters,
+    Held,
+    Holdings,
     RngStates,
-    Statistics,
+    changed_parameter,
     replayed_autocast,
     replayed_buffers,
+    replayed_parameters,
     replayed_rng,
     rng_states,
     same_rng_states,
     structural_copy,
     uncached_autocast,
 )
+from rewire.structure import tensors_of
 
 Hooks = torch.autograd.graph.saved_tensors_hooks
 
@@ -52,11 +55,13 @@ class Branch(Protocol):
     """A residual branch as the tape sees it."""
 
     name: str
-    statistics: Statistics
-    parameters: Parameters
+    holdings: Holdings
 
     def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
         """Run on `x`, the newest stream, with the side inputs."""
+
+    def refresh(self) -> None:
+        """Have the holdings look at the modules again."""
 
 
 class Record:
@@ -160,6 +165,7 @@ class Step:
     autocast: AutocastState
     sides: list[Any] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    parameters: list[Held] = field(default_factory=list)
     rng: RngStates | None = None
     buffers: list[Any] = field(default_factory=list)
 
@@ -184,6 +190,7 @@ class Tape:
         self.tails: dict[int, Tail] = {}
         self.at = 0
         self._caught: list[Record] = []
+        self._made: list[tuple[str, Tensor, int]] = []  # the streams as forward left them
         self._rng: RngStates | None = None
 
     # ---- forward -------------------------------------------------------------------------
@@ -193,11 +200,13 @@ class Tape:
         step.sides = [structural_copy(side) for side in sides]
         step.versions = _versions(step.sides)
         rng = self._current_rng(x.device)
-        before = step.branch.statistics.before()
+        holdings = step.branch.holdings
+        step.parameters = holdings.parameters()
+        before = holdings.before()
         version = _version(x)
         with uncached_autocast(), step.record.dropping(self, ("step", len(self.steps))):
             output = step.branch(x, sides)
-        step.buffers = step.branch.statistics.after(before)
+        step.buffers = holdings.after(before)
         if not same_rng_states(rng, self._current_rng(x.device)):
             step.rng = rng
         if _version(x) != version or _versions(step.sides) != step.versions:
@@ -218,8 +227,14 @@ class Tape:
 
     def commit(self, step: Step, newest: Tensor, older: Tensor) -> None:
         """Note a step that has run, and the streams after it: x_{i+1} and x_i."""
+        before = f"the result of {self.steps[-1].branch.name}" if self.steps else "the input"
+        after = f"the result of {step.branch.name}"
         self.steps.append(step)
         self.newest, self.older = newest.detach(), older.detach()
+        self._made = [
+            (f"chain {self.chain or '(model)'}: {name}", stream, _version(stream))
+            for name, stream in ((before, self.older), (after, self.newest))
+        ]
         self.at = len(self.steps)
 
     def _current_rng(self, device: torch.device) -> RngStates:
@@ -296,11 +311,7 @@ class Tape:
 
         Always with gradients enabled: some modules compute something else without.
         """
-        if _versions(step.sides) != step.versions:
-            raise NotRepeatable(
-                f"{step.branch.name}: one of its side inputs was changed in place after forward. "
-                "Clone the tensor before changing it."
-            )
+        self._check(step)
         self._forget()
         sides = [structural_copy(side) for side in step.sides]
         with ExitStack() as stack:
@@ -308,6 +319,7 @@ class Tape:
             stack.enter_context(replayed_autocast(step.autocast))
             stack.enter_context(replayed_rng(step.rng))
             stack.enter_context(replayed_buffers(step.buffers))
+            stack.enter_context(replayed_parameters(step.parameters))
             x, trunk = self._input(step, newest, catch=catch)
             with self._catch(step.record) if catch else Hooks(_drop, _never):
                 output = step.branch(x, sides)
@@ -315,6 +327,27 @@ class Tape:
                 step.record.complete()
         trunk = trunk if output.trunk is None else output.trunk
         return Output(output.branch.detach(), None if trunk is None else trunk.detach(), ())
+
+    def _check(self, step: Step) -> None:
+        """Raise where something that a rerun needs is no longer what it was."""
+        made, self._made = self._made, []
+        for name, stream, version in made:
+            if _version(stream) != version:
+                raise StreamMismatch(
+                    f"{name} was changed in place after forward; backward needs it. Clone it "
+                    "before changing it."
+                )
+        if _versions(step.sides) != step.versions:
+            raise NotRepeatable(
+                f"{step.branch.name}: one of its side inputs was changed in place after forward. "
+                "Clone the tensor before changing it."
+            )
+        parameter = changed_parameter(step.parameters)
+        if parameter is not None:
+            raise NotRepeatable(
+                f"{step.branch.name}: its parameter {parameter!r} was changed in place after "
+                "forward. Step the optimizer after backward."
+            )
 
     def _input(self, step: Step, newest: Tensor, *, catch: bool) -> tuple[Tensor, Tensor | None]:
         """The branch's input from the stream x_i, and T(x_i) where an activation precedes."""
@@ -360,4 +393,11 @@ def _version(value: Tensor) -> int:
 
 
 def _versions(sides: Sequence[Any]) -> list[int]:
-    return [_version(side) for side in sides if isinstance(side, Tensor)]
+    """Version counters of the tensors among the side inputs, in plain containers too."""
+    found = []
+    for side in sides:
+        if isinstance(side, Tensor):
+            found.append(_version(side))
+        elif isinstance(side, (tuple, list, dict)):
+            found += map(_version, tensors_of(side))
+    return found

@@ -296,6 +296,12 @@ class Failing(nn.Module):
         return self.second(x)
 
 
+def fail_in_backward(net: nn.Module, branch: Any, x: Tensor) -> None:
+    loss = net(x).sum()
+    branch.fails = True
+    loss.backward()
+
+
 def test_an_exception_in_mid_branch_and_a_retry() -> None:
     net, x = chain(4, Failing), rows(20)
     wrt = [x, *net.parameters()]
@@ -304,9 +310,7 @@ def test_an_exception_in_mid_branch_and_a_retry() -> None:
     for when in ("forward", "backward"):
         branch.fails = when == "forward"
         with pytest.raises(RuntimeError, match="planted"):
-            loss = net(x).sum()
-            branch.fails = True
-            loss.backward()
+            fail_in_backward(net, branch, x)
         assert torch.is_autocast_cache_enabled()
         branch.fails = False
         assert distance(gradients(net, wrt, x), expected) < TOLERANCE

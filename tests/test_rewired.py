@@ -89,7 +89,7 @@ def twin(model: nn.Module, x: Tensor, **kwargs: Any) -> list[Tensor]:
 
 def distance(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     pairs = zip(found, expected, strict=True)
-    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+    return max((float((a.double() - b.double()).abs().max()) for a, b in pairs), default=0.0)
 
 
 # ---- the user's own loop -----------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_views_of_the_whole_stream(name: str) -> None:
     assert distance(run(rev, x, between=view), twin(rev, x, between=view)) < TOLERANCE
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("block", [0, 1])
 def test_a_state_changed_in_place_after_it_was_read(block: int) -> None:
     rev, x = rewired()
     out, states = rev(x, keep=(0, 1, 2), hidden=True)
@@ -158,7 +158,7 @@ def test_an_exception_between_homes_and_a_retry() -> None:
 
 
 def test_interleaved_forwards() -> None:
-    rev, x = rewired(Net(lambda: Plain()))
+    rev, x = rewired(Net(Plain))
     other = x.detach().cos().requires_grad_()
 
     def both() -> list[Tensor]:
@@ -293,7 +293,7 @@ def test_copies(name: str, fresh: bool) -> None:
         run(rev, x)
     other = COPIES[name](rev)
     assert {id(p) for p in other.parameters()}.isdisjoint(id(p) for p in rev.parameters())
-    assert distance(run(other, x), expected) == pytest.approx(0, abs=TOLERANCE)
+    assert distance(run(other, x), expected) < TOLERANCE
     with torch.no_grad():
         other.head.weight.zero_()
     assert distance(run(rev, x), expected) < TOLERANCE
@@ -344,18 +344,57 @@ def test_tied_weights_and_replaced_children() -> None:
     assert distance(rev.buffers(), other.buffers()) < TOLERANCE
 
 
-def test_functional_call() -> None:
-    rev, x = rewired()
-    fast = {name: (1.2 * p).detach().requires_grad_() for name, p in rev.named_parameters()}
+class Scaled(nn.Module):
+    """With a parameter of its own, as layer scale has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.gamma = mlp(), nn.Parameter(torch.rand(DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * self.body(x).tanh()
+
+
+@pytest.mark.parametrize("lent", ["tensors", "parameters", "scales only"])
+def test_functional_call(lent: str) -> None:
+    rev, x = rewired(Net(Scaled))
+    fast = {n: (1.2 * p).detach().requires_grad_() for n, p in rev.named_parameters()}
+    if lent == "parameters":  # an average of weights, say
+        fast = {name: nn.Parameter(p.detach()) for name, p in fast.items()}
+    if lent == "scales only":
+        fast = {name: p for name, p in fast.items() if "gamma" in name}
 
     def outer() -> list[Tensor]:
-        torch.manual_seed(5)
         out = torch.func.functional_call(rev, fast, (x,))
         return list(torch.autograd.grad(out.sin().sum(), list(fast.values())))
 
     found = outer()
     with rewire.store_activations(rev):
         assert distance(found, outer()) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["blocks.1.gamma", "blocks.1.body.1.weight"])
+def test_a_parameter_changed_before_backward(name: str) -> None:
+    rev, x = rewired(Net(Scaled))
+    loss = rev(x).sum()
+    with torch.no_grad():
+        rev.get_parameter(name).mul_(2)
+    with pytest.raises(rewire.NotRepeatable, match=r"blocks\.1.*changed in place"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_graph_cut_between_homes(held: bool) -> None:
+    """The older stream would still lead behind the cut."""
+    rev, x = rewired(Net(Scaled))
+    kept: list[Tensor] = []
+
+    def cut(x: Tensor) -> Tensor:
+        kept.append(x if held else x.detach())
+        return x.detach()
+
+    with pytest.raises(rewire.StreamMismatch, match=r"blocks\.2.*blocks\.1"):
+        rev(x, between=cut)
 
 
 def test_double_backward() -> None:
@@ -398,7 +437,7 @@ def test_a_plan_is_good_for_another_model_of_the_class() -> None:
     plan = first.__dict__["_rewire_plan"]
     second = rewire.make_reversible(Net().double(), plan=plan)
     assert distance(run(second, x), twin(second, x)) < TOLERANCE
-    with pytest.raises(rewire.RewireError, match=r"blocks\.3"):
+    with pytest.raises(rewire.RewireError, match=r"blocks\.2.*Make a plan"):
         rewire.make_reversible(Net(depth=2).double(), plan=plan)
 
 

@@ -17,7 +17,6 @@ from tests.specimens import DIM, mlp, rows
 from tests.test_rewired import TOLERANCE, Net, Normed, Plain, distance, rewired, run, twin
 
 
-
 def saved(rev: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(rev, file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,7 +25,6 @@ from tests.test_reversible import (
     stored,
     two_streams,
 )
-
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -176,8 +176,11 @@ def _link(watched: Watched, draft: Draft, drafts: dict[int, Draft], trunk: str) 
         trunk="activation" if "elementwise" in kinds else "view" if "view" in kinds else "identity",
         head=head,
     )
-    if tail:
-        previous.residual = replace(previous.residual, tail=True)
+    previous.residual = replace(
+        previous.residual,
+        tail=previous.residual.tail or tail,
+        leads=previous.residual.leads or not same_home,
+    )
     draft.previous = previous
     previous.followers.append(draft)
 
@@ -237,6 +240,9 @@ def _is_norm(watched: Watched, stop: int) -> bool:
 
 def _longest(drafts: list[Draft]) -> list[list[Draft]]:
     """Chains, each sum followed by the module from which most modules come."""
+    for draft in drafts:  # not into the branch of a module that itself goes on from the sum
+        inside = frozenset().union(*(other.found.branch for other in draft.followers))
+        draft.followers = [f for f in draft.followers if f.found.add not in inside]
     length: dict[Draft, int] = {}
     for draft in reversed(drafts):
         length[draft] = 1 + max((length[f] for f in draft.followers), default=0)
@@ -302,7 +308,7 @@ def _nesting(chains: list[list[Draft]], skipped: list[Skipped]) -> list[list[Dra
 
 
 def _finished(watched: Watched, drafts: list[Draft], trunk: str) -> Chain:
-    modules = tuple(draft.residual for draft in drafts)
+    modules = _unified([draft.residual for draft in drafts])
     taps = []
     for draft, following in itertools.pairwise(drafts):
         own = {*following.found.branch, *following.found.adds, *following.found.trunk}
@@ -319,6 +325,21 @@ def _finished(watched: Watched, drafts: list[Draft], trunk: str) -> Chain:
         trunk="inside" if inside else "identity",
         taps=tuple(dict.fromkeys(taps)),
     )
+
+
+def _unified(modules: list[Residual]) -> tuple[Residual, ...]:
+    """Places of a chain that share their code (one home run several times) share its form."""
+    forms: dict[tuple[str, int], Residual] = {}
+    for module in modules:
+        form = forms.setdefault((module.home, module.add), module)
+        forms[module.home, module.add] = replace(
+            module if form.entry == "fork" else form,
+            name=form.name,
+            head=form.head or module.head,
+            tail=form.tail or module.tail,
+            leads=form.leads or module.leads,
+        )
+    return tuple(forms[module.home, module.add] for module in modules)
 
 
 def _common(names: list[str]) -> str:

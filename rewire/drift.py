@@ -11,15 +11,24 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Reconstruction = tuple[str, float]
 
+
+@dataclass(eq=False)
+class Chain:
+    """A chain's name, and whether its user has been warned."""
+
+    name: str
+    warned: bool = False
+
+
 _listeners: list[list[Reconstruction]] = []
-_pending: list[tuple[str, Tensor, float]] = []
-_warned: set[str] = set()
+_pending: list[tuple[Chain, Tensor, float]] = []
 
 
 class DriftWarning(UserWarning):
@@ -31,7 +40,7 @@ def limit(dtype: torch.dtype) -> float:
     return math.sqrt(torch.finfo(dtype).eps)
 
 
-def compare(chain: str, newest: Tensor, older: Tensor) -> None:
+def compare(chain: Chain, newest: Tensor, older: Tensor) -> None:
     """Compare both streams at the start of a chain.
 
     On an accelerator the verdict is read at the next comparison or `flush`, so that backward
@@ -66,16 +75,17 @@ def watch_reconstruction() -> Iterator[list[Reconstruction]]:
         _listeners[:] = [listener for listener in _listeners if listener is not found]
 
 
-def _judge(chain: str, relative: Tensor, bound: float) -> None:
+def _judge(chain: Chain, relative: Tensor, bound: float) -> None:
     difference = float(relative)
     for listener in _listeners:
-        listener.append((chain, difference))
-    if difference <= bound or chain in _warned or _listeners:
+        listener.append((chain.name, difference))
+    if difference <= bound or chain.warned or _listeners:
         return
-    _warned.add(chain)
+    chain.warned = True
     warnings.warn(
-        f"chain {chain or '(model)'}: the streams rebuilt in backward differ by {difference:.1e} "
-        f"of their size at the chain's start (at most {bound:.1e} is rounding), so its gradients "
+        f"chain {chain.name or '(model)'}: the streams rebuilt in backward differ by "
+        f"{difference:.1e} of their size at the chain's start (at most {bound:.1e} is "
+        "rounding), so its gradients "
         "are not exact. Use float32 without autocast, or look with `rewire verify`.",
         DriftWarning,
         stacklevel=2,

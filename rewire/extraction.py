@@ -18,7 +18,15 @@ from rewire.errors import CannotTrace
 from rewire.pieces import BranchCode, Piece, compiled
 from rewire.plans import Residual
 from rewire.structure import Spec
-from rewire.traces import Trace, ancestors, needed_nodes
+from rewire.traces import (
+    Trace,
+    ancestors,
+    is_after_effect,
+    is_whole_view,
+    needed_nodes,
+    only_operand,
+    same_value,
+)
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,8 @@ class Program:
         constants: Objects the code reads.
         decide: (home, *constants, *leaves) -> what Python decided from sizes; None: nothing.
         decided: The values in the traced run.
-        shapes: Shapes of the tensor leaves where decisions hang on other values: the program
-            is then good for these only.
+        shapes: Shapes of the tensor leaves, and the other leaves, where decisions hang on shapes
+            inside: the program is then good for these only.
     """
 
     outer: Callable[..., Any]
@@ -45,20 +53,24 @@ class Program:
     constants: tuple[Any, ...]
     decide: Callable[..., Any] | None
     decided: tuple[Any, ...]
-    shapes: tuple[tuple[int, ...], ...] | None
+    shapes: tuple[Any, ...] | None
 
     def suits(self, home: Any, leaves: Sequence[Any]) -> bool:
         """Whether the code's decisions are the same for these arguments."""
-        if self.shapes is not None and self.shapes != tensor_shapes(leaves):
+        if self.shapes is not None and self.shapes != shapes_of(leaves):
             return False
         if self.decide is None:
             return True
         return tuple(self.decide(home, *self.constants, *leaves)) == self.decided
 
 
-def tensor_shapes(leaves: Iterable[Any]) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the tensors among `leaves`."""
-    return tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))
+def shapes_of(leaves: Iterable[Any]) -> tuple[Any, ...]:
+    """Shapes of the tensors among `leaves`, and the numbers."""
+    return tuple(
+        tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf
+        for leaf in leaves
+        if isinstance(leaf, (Tensor, int, float))
+    )
 
 
 def extract(
@@ -83,6 +95,8 @@ def extract(
     for residual in residuals:
         pieces.append(Piece(trace, residual, pieces, homes, trunk))
     _sink(trace, pieces)
+    _check_mutations(trace, pieces)
+    _check_exits(trace, pieces, homes)
     branches = tuple(piece.branch_code() for piece in pieces)
     tails = tuple(piece.tail_code() for piece in pieces)
     outer = _Outer(trace, pieces).code()
@@ -159,10 +173,12 @@ class _Outer:
 def _sink(trace: Trace, pieces: list[Piece]) -> None:
     """Move what only one branch reads into it: its activations are then recomputed too."""
     outputs = {output for output in trace.outputs if isinstance(output, fx.Node)}
+    changed = {storage for storages in trace.mutations.values() for storage in storages}
     owner = {node: piece for piece in pieces for node in piece.region}
     fixed = {node for piece in pieces for node in (*piece.hidden, piece.entry)} | outputs
     for node in reversed(list(trace.graph.nodes)):
-        if node.op == "placeholder" or node in fixed or node in trace.mutations:
+        touched = trace.storages(node) & changed
+        if node.op == "placeholder" or node in fixed or touched:
             continue
         terms = {piece for piece in pieces if node in piece.terms}
         readers = {owner[user] for user in node.users if user in owner} | terms
@@ -175,9 +191,55 @@ def _sink(trace: Trace, pieces: list[Piece]) -> None:
             owner[node] = piece
 
 
+def _check_mutations(trace: Trace, pieces: list[Piece]) -> None:
+    """Whatever touches a tensor that is changed in place must keep its order.
+
+    A branch runs as a whole, where its sum is first read. What reads a changed tensor
+    later depends on the change; what comes before the branch's first operation stays so.
+    """
+    order = {node: number for number, node in enumerate(trace.graph.nodes)}
+    owner = {node: piece for piece in pieces for node in piece.hidden}
+    first = {id(piece): min(order[node] for node in piece.hidden) for piece in pieces}
+    for change, storages in trace.mutations.items():
+        for node in trace.graph.nodes:
+            mine, its = owner.get(node), owner.get(change)
+            inert = node.op in ("placeholder", "get_attr") or is_after_effect(node)
+            if inert or mine is its or not trace.storages(node) & storages:
+                continue
+            early, later = (node, mine), (change, its)
+            if order[change] < order[node]:
+                if mine is None or its is not None:
+                    continue
+                early, later = later, early
+            if later[1] is None or order[early[0]] > first[id(later[1])]:
+                raise CannotTrace(
+                    f"{change.target} changes a tensor in place that is read inside a residual "
+                    "branch and outside of it"
+                )
+
+
+def _check_exits(trace: Trace, pieces: list[Piece], homes: Collection[str]) -> None:
+    """A sum that the next home goes on from must leave this home as it is."""
+    for piece in pieces:
+        if not piece.residual.leads:
+            continue
+        ends = {node for node in trace.outputs if isinstance(node, fx.Node)}
+        for node in trace.graph.nodes:
+            if node.op == "call_module" and str(node.target) in homes:
+                ends.update(node.all_input_nodes)
+        found = {same_value(trace, end) for end in ends}
+        while found and piece.result not in found:
+            found = {only_operand(trace, n) for n in found if is_whole_view(trace, n)}
+            found = {same_value(trace, node) for node in found}
+        if not found:
+            raise CannotTrace(
+                f"something stands between the sum of {piece.residual.name} and the home's result"
+            )
+
+
 def _decisions(
     trace: Trace,
-) -> tuple[Callable[..., Any] | None, tuple[Any, ...], tuple[tuple[int, ...], ...] | None]:
+) -> tuple[Callable[..., Any] | None, tuple[Any, ...], tuple[Any, ...] | None]:
     """The guards as a function of the arguments, or the shapes they are good for."""
     if not trace.guards:
         return None, (), None
@@ -188,7 +250,8 @@ def _decisions(
     ) and not any(node.op == "call_module" for node in needed)
     if not free:
         leaves = [trace.hints[node] for node in trace.inputs]
-        return None, (), tensor_shapes(leaves)
+        _refuse_values(trace, needed)
+        return None, (), shapes_of(leaves)
     graph = fx.Graph()
     copies = {n: graph.node_copy(n) for n in (*trace.constants, *trace.inputs)}
     for node in trace.graph.nodes:
@@ -196,3 +259,20 @@ def _decisions(
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in nodes))
     return compiled(graph)[0], tuple(value for _, value in trace.guards), None
+
+
+_FORMS = frozenset(
+    """shape ndim dtype device layout requires_grad is_cuda size dim ndimension numel stride
+    element_size is_floating_point is_complex is_contiguous get_device __len__""".split()
+)
+
+
+def _refuse_values(trace: Trace, needed: Collection[fx.Node]) -> None:
+    """Decisions may hang on a tensor's form, never on its values."""
+    for node in needed:
+        if isinstance(trace.hints[node], Tensor) or node.op == "call_module":
+            continue
+        reads = any(isinstance(trace.hints[n], Tensor) for n in node.all_input_nodes)
+        what = node.args[1] if node.target is getattr else node.target
+        if reads and what not in _FORMS:
+            raise CannotTrace(f"its forward decides by the values of a tensor ({what})")

@@ -24,7 +24,7 @@ from rewire.links import Course, find
 from rewire.pieces import BranchCode
 from rewire.planning import program_for
 from rewire.plans import Residual
-from rewire.replay import Holdings
+from rewire.replay import Holdings, autocast_state
 from rewire.reversible import ReversibleSequential, advance, attach, dense, follow, resume
 from rewire.structure import flatten, unflatten
 from rewire.tape import Branch, Output
@@ -139,7 +139,8 @@ class HomeState:
 
     def program(self, home: nn.Module, arguments: Any, leaves: list[Any], spec: Any) -> Program:
         """The program for these arguments, traced where there is none yet."""
-        key = (spec, self._fingerprint(home))
+        modes = torch.is_grad_enabled(), autocast_state("cpu"), torch.is_autocast_enabled("cuda")
+        key = (spec, modes, self._fingerprint(home))
         programs = self.programs.setdefault(key, [])
         for program in programs:
             if program.suits(home, leaves):
@@ -154,6 +155,10 @@ class HomeState:
     def _fingerprint(self, home: nn.Module) -> tuple[Any, ...]:
         """What the code may read of its modules: flags, numbers and strings."""
         marks = _scalars(home)
+        for child in home._modules.values():
+            marks += (
+                [v for v in child.__dict__.values() if type(v) in _SCALARS] if child else [None]
+            )
         for name in self.residuals[0].inlined:
             module = home.get_submodule(name)
             marks += _scalars(module)
@@ -192,18 +197,26 @@ class HomeState:
 
 
 def _scalars(module: nn.Module) -> list[Any]:
-    """Flags, numbers and strings among a module's attributes, and in its configuration object."""
+    """What plain code may read of a module's attributes and configuration.
+
+    Flags, numbers, strings and functions, also one level down in containers and objects, and
+    which parameters and buffers are None.
+    """
     marks: list[Any] = []
     for name, value in module.__dict__.items():
         kind = type(value)
         if kind in _SCALARS:
             marks.append(value)
-        elif (
-            kind not in _CONTAINERS
-            and name != "_rewire"
-            and hasattr(value, "__dict__")
-            and not callable(value)
-        ):
+        elif name in ("_parameters", "_buffers"):
+            marks += [item is None for item in value.values()]
+        elif name == "_rewire" or name == "_modules" or name.endswith("_hooks"):
+            continue
+        elif kind in _CONTAINERS:
+            items = value.values() if isinstance(value, dict) else value
+            marks += [item for item in items if type(item) in _SCALARS]
+        elif callable(value):
+            marks.append(id(value))
+        elif hasattr(value, "__dict__"):
             marks += [item for item in vars(value).values() if type(item) in _SCALARS]
     return marks
 

@@ -306,7 +306,7 @@ def _pair(value: Any) -> tuple[int, int] | None:
 def _run(model: nn.Module, candidate: _Candidate, batch: int, *, fake: bool) -> Exception | None:
     """What the forward raised with this candidate; nothing is left behind."""
     mode = fakes.FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
-    with isolated(model, values=not fake), training_mode(model, False), mode, torch.no_grad():
+    with isolated(model), training_mode(model, False), mode, torch.no_grad():
         example = _example(model, candidate, batch, empty=fake)
         level = _LOGGER.level
         _LOGGER.setLevel(logging.CRITICAL)

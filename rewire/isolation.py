@@ -16,12 +16,13 @@ from torch import nn
 
 from rewire.replay import all_rng_states, set_rng_states
 
+Snapshot = dict[str, tuple[Any, Any]]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
 
 
 @contextmanager
-def isolated(model: nn.Module, *, values: bool = False) -> Iterator[None]:
+def isolated(model: nn.Module) -> Iterator[None]:
     """Undo, on leaving, whatever running `model` did to it and to the generators.
 
     Forward hooks of its modules do not run: they may store what they see.
@@ -33,13 +34,9 @@ def isolated(model: nn.Module, *, values: bool = False) -> Iterator[None]:
 
     Args:
         model: The model that will be run.
-        values: Also restore the values of all buffers. Needed where the run is real; a run on
-            fake tensors changes those of a single element only (fake tensors carry them along
-            as constants, e.g. BatchNorm's number of batches).
     """
-    attributes = [(module, _snapshot(module)) for module in model.modules()]
-    kept = [tensor for tensor in model.buffers() if values or tensor.numel() <= 1]
-    buffers = [(tensor, tensor.detach().clone()) for tensor in kept if not tensor.is_meta]
+    attributes = [(module, snapshot(module)) for module in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     caches = [(cache, cache.cache_info().misses) for cache in _lru_caches(model)]
     states = random.getstate(), numpy.random.get_state(), all_rng_states()
     for module in model.modules():
@@ -48,8 +45,8 @@ def isolated(model: nn.Module, *, values: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, snapshot in attributes:
-            _restore(module, snapshot)
+        for module, before in attributes:
+            _restore(module, before)
         with torch.no_grad():
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
@@ -75,7 +72,7 @@ def training_mode(model: nn.Module, mode: bool) -> Iterator[None]:
             module.__dict__["training"] = flag
 
 
-def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+def snapshot(module: nn.Module) -> Snapshot:
     """Each attribute with, for plain containers, a copy of its content."""
     return {
         name: (value, value.copy() if isinstance(value, (dict, list, set)) else None)
@@ -83,18 +80,28 @@ def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _restore(module: nn.Module, snapshot: dict[str, tuple[Any, Any]]) -> None:
-    for name in module.__dict__.keys() - snapshot.keys():
+def changed_attribute(module: nn.Module, before: Snapshot) -> str | None:
+    """Name of an attribute that is another object, or another content, than in a snapshot."""
+    for name in {**before, **module.__dict__}:
+        value, content = before.get(name, (None, None))
+        other = module.__dict__.get(name)
+        if other is not value or (content is not None and not same_content(value, content)):
+            return name
+    return None
+
+
+def _restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
+    for name in module.__dict__.keys() - before.keys():
         del module.__dict__[name]
-    for name, (value, content) in snapshot.items():
+    for name, (value, content) in before.items():
         module.__dict__[name] = value
-        if content is None or _same_content(value, content):
+        if content is None or same_content(value, content):
             continue
         value.clear()
         value.extend(content) if isinstance(value, list) else value.update(content)
 
 
-def _same_content(value: Any, content: Any) -> bool:
+def same_content(value: Any, content: Any) -> bool:
     """Whether a container still holds the very same objects in the same order."""
     if len(value) != len(content):
         return False

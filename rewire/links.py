@@ -7,6 +7,7 @@ that they live exactly as long as it does.
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 from collections.abc import MutableMapping, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from rewire import drift
 from rewire.coupling import COUPLINGS, Coupling
 from rewire.errors import StreamMismatch
 from rewire.tape import Layout, Step, Tail, Tape
@@ -50,6 +52,10 @@ class Course:
     coupling: str = "re2"
     stored: bool = False
     run: _Run = field(default_factory=_Run, repr=False)
+    drift: drift.Chain = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.drift = drift.Chain(self.name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "run": None}
@@ -146,7 +152,7 @@ def find(x: Tensor, course: Course) -> Link | None:
         StreamMismatch: The tensor was changed in place since its link was made.
     """
     link = _links.get(x)
-    if link is None and x._base is not None and x._base.numel() == x.numel():
+    if link is None and x._base is not None and _same_graph(x, x._base):
         link = _links.get(x._base)
     if link is None or link.course is not course:
         link = _find_alias(x, course)
@@ -165,11 +171,29 @@ def _find_alias(x: Tensor, course: Course) -> Link | None:
     if place is None:
         return None
     for tensor, link in list(_links.items()):
-        # A detached alias is no link: the older stream would bring the graph back in.
-        alike = tensor.numel() == x.numel() and tensor.requires_grad == x.requires_grad
-        if link.course is course and alike and _place(tensor) == place:
+        if link.course is course and _place(tensor) == place and _same_graph(x, tensor):
             return link
     return None
+
+
+# What stands in the graph between a tensor and a view of all of it, or FSDP2's and backward
+# hooks' other names for it.
+_VIEWS = frozenset(
+    """View ReshapeAlias UnsafeView Transpose Permute Unsqueeze Squeeze Alias T Unflatten AsStrided
+    Slice Select Swapaxes Movedim RegisterPostBackwardFunction BackwardHookFunction""".split()
+)
+
+
+def _same_graph(x: Tensor, visible: Tensor) -> bool:
+    """Whether `x` is all of `visible` for autograd too, not a gradient-changing alias of it."""
+    if x.numel() != visible.numel() or x.requires_grad != visible.requires_grad:
+        return False
+    node, goal = x.grad_fn, visible.grad_fn
+    while node is not None and node is not goal:
+        if re.sub(r"Backward\d*$", "", node.name()) not in _VIEWS:
+            return False
+        node = node.next_functions[0][0]
+    return node is goal
 
 
 def _place(x: Tensor) -> tuple[int, int] | None:
@@ -199,7 +223,8 @@ def choose_site(course: Course, sites: Sequence[int], link: Link | None) -> tupl
         if following:
             return following[0], link
     last = course.last() if link is None else link.site
-    if sites[0] == 0 or last < 0 or (link is None and sites[-1] <= last):
+    again = link is None and 0 <= last < sites[-1] and len(sites) > 1
+    if (sites[0] == 0 and not again) or last < 0 or (link is None and sites[-1] <= last):
         return sites[0], None
     raise StreamMismatch(
         f"{course.sites[sites[0]]}: its input does not come next after {course.sites[last]}, which "

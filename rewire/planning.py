@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from rewire.chaining import draft_chains, matches
@@ -120,7 +121,7 @@ def _failures(model: nn.Module, watched: Watched, chains: Sequence[Chain]) -> di
         module = model.get_submodule(home)
         try:
             for training in (False, True):
-                with training_mode(module, training):
+                with training_mode(module, training), torch.enable_grad():
                     program_for(
                         module,
                         first_call[home].arguments,

@@ -30,6 +30,7 @@ class Residual:
             in the same home) or "outside" (handed to the home, or a child home's result).
         head: An activation in the home leads from the previous sum (or the fork) to the skip.
         tail: An activation follows the sum before its home returns.
+        leads: The sum is the skip of a module outside the home.
         branch: Names, relative to the home, of the modules the branch calls.
     """
 
@@ -44,6 +45,7 @@ class Residual:
     entry: str = "outside"
     head: bool = False
     tail: bool = False
+    leads: bool = False
     branch: tuple[str, ...] = ()
 
 

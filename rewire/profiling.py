@@ -172,7 +172,7 @@ def profile(model: nn.Module, *inputs: Any, **kwargs: Any) -> Profile:
         return saved
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with isolated(model, values=True), _zero_gradients(model, (inputs, kwargs)):
+    with isolated(model), _zero_gradients(model, (inputs, kwargs)):
         step()  # what is made once (tables, workspaces) is no cost of a step
         _wait(device)
         start = time.perf_counter()

@@ -69,6 +69,8 @@ class HintProxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", function, (self, *args), {})
 
     def _decide(self, function: Callable[[Any], Any]) -> Any:
+        if isinstance(self.hint, Tensor):
+            raise CannotTrace("its forward decides by the values of a tensor")
         with self.tracer.plainly():  # type: ignore[attr-defined]
             value = function(self.hint)
         decided = self._call(function)
@@ -78,6 +80,8 @@ class HintProxy(fx.Proxy):
         return self._decide(bool)  # type: ignore[no-any-return]
 
     def __len__(self) -> int:
+        if isinstance(self.hint, Tensor):
+            return self._call(getattr, "shape")._call(operator.getitem, 0).__index__()  # type: ignore[no-any-return]
         return self._decide(len)  # type: ignore[no-any-return]
 
     def __int__(self) -> int:

@@ -140,6 +140,7 @@ class Holdings:
         self._owners: list[nn.Module] = []
         self._buffers: list[Place] = []
         self._parameters: list[Place] = []
+        self._generators: list[torch.Generator] = []
         self._learnt: dict[tuple[bool, ...], list[Place]] = {}
 
     def refresh(self, roots: Iterable[nn.Module | None], read: Iterable[Place] = ()) -> None:
@@ -159,7 +160,13 @@ class Holdings:
         self._parameters = [(m, name) for m in modules for name in m._parameters]
         self._parameters += [(m, name) for m, name in read if name in m._parameters]
         self._buffers += [(m, name) for m, name in read if name in m._buffers]
+        values = [value for m in modules for value in m.__dict__.values()]
+        self._generators = [value for value in values if isinstance(value, torch.Generator)]
         self._learnt = {}
+
+    def generators(self) -> list[tuple[torch.Generator, Tensor]]:
+        """The modules' own generators, with their states."""
+        return [(generator, generator.get_state()) for generator in self._generators]
 
     def before(self) -> Before | None:
         """The buffers that the coming run may change, with copies of their values."""
@@ -201,6 +208,19 @@ def _tree(roots: Iterable[nn.Module | None]) -> list[nn.Module]:
             found[id(module)] = module
             todo.extend(module._modules.values())
     return list(found.values())
+
+
+@contextmanager
+def replayed_generators(states: Sequence[tuple[torch.Generator, Tensor]]) -> Iterator[None]:
+    """Run with a branch's own generators as they were; afterwards as if nothing had run."""
+    current = [(generator, generator.get_state()) for generator, _ in states]
+    try:
+        for generator, state in states:
+            generator.set_state(state)
+        yield
+    finally:
+        for generator, state in current:
+            generator.set_state(state)
 
 
 @contextmanager

@@ -107,11 +107,11 @@ class ReversibleSequential(nn.Module):
         return self._run(x, *sides)
 
     def _run(self, x: Tensor, *sides: Any) -> Tensor:
-        x = dense(x)
+        dtype, x = x.dtype, dense(x)
         link = open_chain(self.course, x)
         for site, branch in enumerate(self.branches):
             x, link, _ = advance(link, site, x, branch, sides)
-        return x
+        return x.to(dtype)
 
     def streams(self, x: Tensor, *sides: Any) -> tuple[Tensor, Tensor]:
         """Both streams after the last module, newest first; activations are stored."""
@@ -199,7 +199,7 @@ def recording(course: Course) -> bool:
 def open_chain(course: Course, x: Tensor) -> Link:
     """The link at the start of a chain: both streams are `x`."""
     stream = _stream(x)
-    tape = Tape(course.name, course.arithmetic, stream, stream) if recording(course) else None
+    tape = Tape(course.drift, course.arithmetic, stream, stream) if recording(course) else None
     return Link(course, -1, stream, stream, tape, 0, version(x))
 
 
@@ -243,7 +243,7 @@ def advance(
         tape.commit(step, following, newest)
     course.ran(site, tape)
     visible = course.arithmetic.merge(following, newest) if last else following
-    visible = visible.to(x.dtype)
+    visible = visible.to(torch.promote_types(x.dtype, output.branch.dtype))
     position = 0 if tape is None else len(tape.steps)
     stream = alias(following) if visible is following else following
     made = Link(course, site, stream, newest, tape, position, version(visible))
@@ -262,7 +262,8 @@ def _check_shape(name: str, branch: Tensor, stream: Tensor) -> None:
 
 def follow(link: Link, x: Tensor, call: Callable[[Tensor], Tensor]) -> tuple[Tensor, Link]:
     """Run an activation T on the trunk; the next module has x_i and T(x_i)."""
-    tail = Tail(call, Record(f"{link.course.sites[link.site]} (trunk)"), x.dtype)
+    record = Record(f"{link.course.sites[link.site]} (trunk)")
+    tail = Tail(call, record, x.dtype, autocast_state(x.device.type))
     if link.tape is None or len(link.tape.steps) != link.position:
         result = call(x)
     else:
@@ -316,7 +317,7 @@ def _tape_for(link: Link, newest: Tensor, older: Tensor) -> Tape | None:
         return None
     if link.tape is not None and len(link.tape.steps) == link.position:
         return link.tape
-    tape = Tape(link.course.name, link.course.arithmetic, newest, older)
+    tape = Tape(link.course.drift, link.course.arithmetic, newest, older)
     tape.begins_equal = False
     return tape
 

@@ -31,6 +31,7 @@ from rewire.replay import (
     changed_parameter,
     replayed_autocast,
     replayed_buffers,
+    replayed_generators,
     replayed_parameters,
     replayed_rng,
     rng_states,
@@ -142,6 +143,8 @@ class Tail:
     call: Callable[[Tensor], Tensor]
     record: Record
     dtype: torch.dtype
+    autocast: AutocastState
+    rng: RngStates | None = None
 
 
 Layout = tuple[torch.Size, tuple[int, ...]]
@@ -167,6 +170,7 @@ class Step:
     versions: list[int] = field(default_factory=list)
     parameters: list[Held] = field(default_factory=list)
     rng: RngStates | None = None
+    generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)
     buffers: list[Any] = field(default_factory=list)
 
     def enter(self, stream: Tensor) -> Tensor:
@@ -181,7 +185,9 @@ class Step:
 class Tape:
     """One run of a chain. See the module's docstring."""
 
-    def __init__(self, chain: str, coupling: Coupling, newest: Tensor, older: Tensor) -> None:
+    def __init__(
+        self, chain: drift.Chain, coupling: Coupling, newest: Tensor, older: Tensor
+    ) -> None:
         self.chain = chain
         self.coupling = coupling
         self.newest, self.older = newest.detach(), older.detach()
@@ -202,6 +208,7 @@ class Tape:
         rng = self._current_rng(x.device)
         holdings = step.branch.holdings
         step.parameters = holdings.parameters()
+        step.generators = holdings.generators()
         before = holdings.before()
         version = _version(x)
         with uncached_autocast(), step.record.dropping(self, ("step", len(self.steps))):
@@ -220,8 +227,11 @@ class Tape:
     def follow(self, tail: Tail, x: Tensor) -> Tensor:
         """Run an activation on the trunk, dropping what autograd saves."""
         position = len(self.steps)
+        rng = self._current_rng(x.device)
         with uncached_autocast(), tail.record.dropping(self, ("tail", position)):
             result = tail.call(x)
+        if not same_rng_states(rng, self._current_rng(x.device)):
+            tail.rng = rng
         self.tails[position] = tail
         return result
 
@@ -232,7 +242,7 @@ class Tape:
         self.steps.append(step)
         self.newest, self.older = newest.detach(), older.detach()
         self._made = [
-            (f"chain {self.chain or '(model)'}: {name}", stream, _version(stream))
+            (f"chain {self.chain.name or '(model)'}: {name}", stream, _version(stream))
             for name, stream in ((before, self.older), (after, self.newest))
         ]
         self.at = len(self.steps)
@@ -275,8 +285,11 @@ class Tape:
         self._move(index)
         tail = self.tails[index]
         self._forget()
-        with torch.enable_grad(), uncached_autocast(), self._catch(tail.record):
-            tail.call(self.newest.detach().to(tail.dtype).requires_grad_())
+        x = self.newest.detach().requires_grad_().to(tail.dtype)
+        with torch.enable_grad(), replayed_autocast(tail.autocast), replayed_rng(tail.rng):
+            with self._catch(tail.record):
+                tail.call(x)
+            tail.record.complete()
 
     def _move(self, state: int) -> None:
         """Walk to a state without catching anything."""
@@ -318,6 +331,7 @@ class Tape:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(replayed_autocast(step.autocast))
             stack.enter_context(replayed_rng(step.rng))
+            stack.enter_context(replayed_generators(step.generators))
             stack.enter_context(replayed_buffers(step.buffers))
             stack.enter_context(replayed_parameters(step.parameters))
             x, trunk = self._input(step, newest, catch=catch)
@@ -355,7 +369,8 @@ class Tape:
         if step.tail is None:
             return step.enter(x), None
         catch = catch and step.tail in self.tails.values()
-        with self._catch(step.tail.record) if catch else Hooks(_drop, _never):
+        hooks = self._catch(step.tail.record) if catch else Hooks(_drop, _never)
+        with replayed_rng(step.tail.rng), hooks:
             x = step.enter(step.tail.call(x))
         return x, x
 

@@ -41,6 +41,11 @@ class Trace:
     adds: list[fx.Node] = field(default_factory=list)
     varying: set[fx.Node] = field(default_factory=set)
 
+    def storages(self, node: fx.Node) -> set[int]:
+        """Storages of the tensors that a node reads."""
+        hints = [self.hints[source] for source in node.all_input_nodes]
+        return {storage_of(hint) for hint in hints if isinstance(hint, Tensor)}
+
 
 def after_effect(value: Any, effect: Any) -> Any:
     """`value`, once `effect` has changed it in place."""

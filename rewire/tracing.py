@@ -7,6 +7,7 @@ would decide alike. Children are leaves: called, never looked into.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import pickle
 import random
@@ -23,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from rewire.errors import CannotTrace
-from rewire.isolation import isolated
+from rewire.isolation import Snapshot, changed_attribute, isolated, snapshot
 from rewire.proxies import HintProxy
 from rewire.replay import autocast_state
 from rewire.structure import Container, Spec, flatten, tensors_of, unflatten
@@ -58,12 +59,11 @@ def trace_home(
     leaves, spec = flatten(arguments)
     with ExitStack() as stack:
         stack.enter_context(_TRACING)
-        stack.enter_context(isolated(home, values=mode is None))
+        stack.enter_context(isolated(home))
         if mode is not None:
             leaves = [as_fake(mode, leaf) for leaf in leaves]
             stack.enter_context(mode)
             _gather_shards(home)
-        stack.enter_context(torch.enable_grad())
         tracer = _Tracer(home, {home.get_submodule(name) for name in inlined} | {home})
         stack.enter_context(tracer.patches())
         try:
@@ -103,7 +103,7 @@ class _Tracer(fx.proxy.TracerBase):
             trace.inputs.append(node)
         args, kwargs = unflatten(spec, [HintProxy(node, self) for node in trace.inputs])
         drawn = _python_random_states()
-        attributes = {id(m): dict(vars(m)) for m in self._inlined_modules()}
+        attributes = {id(m): snapshot(m) for m in self._inlined_modules()}
         result = forward(self.home, *args, **kwargs)
         with self.plainly():
             self._refuse_side_effects(spec, (args, kwargs), drawn, attributes)
@@ -121,7 +121,7 @@ class _Tracer(fx.proxy.TracerBase):
         return [module for module in self.home.modules() if id(module) in self._inlined]
 
     def _refuse_side_effects(
-        self, spec: Spec, arguments: Any, drawn: Any, attributes: dict[int, dict[str, Any]]
+        self, spec: Spec, arguments: Any, drawn: Any, attributes: dict[int, Snapshot]
     ) -> None:
         """What the code did besides calling torch would be lost: refuse it."""
         if _python_random_states() != drawn:
@@ -129,10 +129,9 @@ class _Tracer(fx.proxy.TracerBase):
         if flatten(arguments)[1] != spec:
             raise CannotTrace("its forward changes a list or dict among its arguments")
         for module in self._inlined_modules():
-            before, after = attributes[id(module)], vars(module)
-            changed = [n for n in {**before, **after} if before.get(n) is not after.get(n)]
-            if changed:
-                raise CannotTrace(f"its forward sets the attribute {changed[0]!r}")
+            changed = changed_attribute(module, attributes[id(module)])
+            if changed is not None:
+                raise CannotTrace(f"its forward changes the attribute {changed!r}")
 
     def _is_addition(self, node: fx.Node) -> bool:
         function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
@@ -290,6 +289,9 @@ class _Tracer(fx.proxy.TracerBase):
         with ExitStack() as stack:
             stack.enter_context(watched_calls(self._call))
             stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))
+            apply = inspect.getattr_static(torch.autograd.Function, "apply")
+            applied = classmethod(self._apply(apply, thread))
+            stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", applied))
             for name in _FACTORIES:
                 factory = self._factory(getattr(torch, name), thread)
                 stack.enter_context(mock.patch.object(torch, name, factory))
@@ -303,6 +305,21 @@ class _Tracer(fx.proxy.TracerBase):
             return self.create_proxy("call_function", function, args, kwargs)
 
         return factory
+
+    def _apply(self, descriptor: Any, thread: int) -> Callable[..., Any]:
+        """Custom autograd functions are calls like others; their C++ side takes no proxies."""
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.evaluating or threading.get_ident() != thread or not _has_proxy((args, kwargs)):
+                return descriptor.__get__(None, cls)(*args, **kwargs)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return cls.apply(*args, **kwargs)
+
+            call.__name__ = call.__qualname__ = f"apply_{cls.__name__}"
+            return self.create_proxy("call_function", call, args, kwargs)
+
+        return apply
 
     def _call(
         self,

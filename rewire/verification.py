@@ -191,7 +191,7 @@ def _refuses(original: nn.Module, example: Example) -> bool:
     dtype = next((p.dtype for p in original.parameters() if p.is_floating_point()), torch.float32)
     fitting = _mapped(example, lambda t: t.to(dtype) if t.is_floating_point() else t)
     try:
-        with isolated(original, values=True), training_mode(original, False), torch.no_grad():
+        with isolated(original), training_mode(original, False), torch.no_grad():
             original(*fitting.args, **fitting.kwargs)
     except Exception:
         return True
@@ -200,7 +200,7 @@ def _refuses(original: nn.Module, example: Example) -> bool:
 
 def _memory_checks(rev: nn.Module, example: Example, original: nn.Module) -> Iterator[Check]:
     branches, (fresh, _) = _branches(rev), _fresh(example)
-    with isolated(rev, values=True), torch.enable_grad(), saved_inside(branches) as kept:
+    with isolated(rev), torch.enable_grad(), saved_inside(branches) as kept:
         rev(*fresh.args, **fresh.kwargs)
     where = f"first {next(iter(kept))}" if kept else f"in {len(branches)} modules of branches"
     yield Check("activations dropped", sum(kept.values()), 0, "bytes", where)
@@ -238,7 +238,7 @@ def _run(model: nn.Module, example: Example, training: bool, stored: bool) -> _R
     Gradients come from `autograd.grad`, so that no hook that steps an optimizer fires.
     """
     with ExitStack() as stack:
-        stack.enter_context(isolated(model, values=True))
+        stack.enter_context(isolated(model))
         stack.enter_context(training_mode(model, training))
         seen = stack.enter_context(watch_reconstruction())
         if stored:

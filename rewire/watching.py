@@ -34,6 +34,9 @@ _NO_DATAFLOW = frozenset(
 # Functions that take values from their first argument and only a form from the others.
 _FORM_OF_OTHERS = frozenset(("type_as", "expand_as", "view_as", "reshape_as", "to"))
 
+# One thread at a time: patches must be taken off in the order in which they were put on.
+_PATCHING = threading.RLock()
+
 ADDITIONS = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
 
 
@@ -127,7 +130,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     except Exception as fake_error:
         copies = map_leaves(structural_copy, (args, dict(kwargs)))
         try:
-            with isolated(model, values=True), training_mode(model, False), torch.no_grad():
+            with isolated(model), training_mode(model, False), torch.no_grad():
                 return _record(model, *copies)
         except Exception as error:
             raise CannotTrace(
@@ -161,6 +164,7 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 @contextmanager
 def watched_calls(around: Callable[..., Any]) -> Iterator[None]:
     """Have this thread's module calls go through `around(original, module, args, kwargs)`."""
+    _PATCHING.acquire()
     original = nn.Module.__call__
     thread = threading.get_ident()
 
@@ -174,6 +178,7 @@ def watched_calls(around: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__ = original  # type: ignore[method-assign]
+        _PATCHING.release()
 
 
 class _Recorder(TorchFunctionMode):

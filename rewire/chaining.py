@@ -41,7 +41,7 @@ def draft_chains(
     """Chains of the residual adds that `keep` has nothing against, and the adds left alone."""
     skipped: list[Skipped] = []
     drafts: dict[int, Draft] = {}
-    for draft in _name(watched, found):
+    for draft in name_residuals(watched, found):
         refusal = keep(draft.residual) or _foreign_code(watched, draft, found)
         if refusal is None:
             drafts[draft.found.add] = draft
@@ -69,7 +69,7 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 # ---- names -------------------------------------------------------------------------------
 
 
-def _name(watched: Watched, found: Sequence[Found]) -> list[Draft]:
+def name_residuals(watched: Watched, found: Sequence[Found]) -> list[Draft]:
     """Each residual add as a `Residual`, named after the child that does most of its work."""
     by_home: dict[int, list[Found]] = {}
     for one in found:

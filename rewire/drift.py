@@ -40,22 +40,26 @@ def limit(dtype: torch.dtype) -> float:
     return math.sqrt(torch.finfo(dtype).eps)
 
 
-def compare(chain: Chain, newest: Tensor, older: Tensor) -> None:
+def compare(chain: Chain, newest: Tensor, older: Tensor, coarsest: torch.dtype) -> None:
     """Compare both streams at the start of a chain.
+
+    The bound is that of the streams' rounding, or one rounding of the coarsest dtype that a
+    branch ran in: with bfloat16 branches the gradients are no finer anyway.
 
     On an accelerator the verdict is read at the next comparison or `flush`, so that backward
     does not wait for the device.
     """
     if newest.device.type == "meta" or newest.numel() == 0:
         return
+    bound = max(limit(newest.dtype), torch.finfo(coarsest).eps)
     with torch.no_grad():
         scale = newest.abs().amax().clamp_min_(torch.finfo(newest.dtype).tiny)
         relative = torch.sub(newest, older).abs_().amax() / scale
     if not _listeners and newest.device.type != "cpu":
         flush()
-        _pending.append((chain, relative, limit(newest.dtype)))
+        _pending.append((chain, relative, bound))
         return
-    _judge(chain, relative, limit(newest.dtype))
+    _judge(chain, relative, bound)
 
 
 def flush() -> None:
@@ -86,7 +90,7 @@ def _judge(chain: Chain, relative: Tensor, bound: float) -> None:
         f"chain {chain.name or '(model)'}: the streams rebuilt in backward differ by "
         f"{difference:.1e} of their size at the chain's start (at most {bound:.1e} is "
         "rounding), so its gradients "
-        "are not exact. Use float32 without autocast, or look with `rewire verify`.",
+        "are not exact. Look with `rewire.verify`; float32 without autocast is the most exact.",
         DriftWarning,
         stacklevel=2,
     )

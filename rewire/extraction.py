@@ -228,7 +228,8 @@ def _check_exits(trace: Trace, pieces: list[Piece], homes: Collection[str]) -> N
             if node.op == "call_module" and str(node.target) in homes:
                 ends.update(node.all_input_nodes)
         found = {same_value(trace, end) for end in ends}
-        while found and piece.result not in found:
+        goal = same_value(trace, piece.result)
+        while found and goal not in found:
             found = {only_operand(trace, n) for n in found if is_whole_view(trace, n)}
             found = {same_value(trace, node) for node in found}
         if not found:

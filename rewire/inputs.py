@@ -114,7 +114,7 @@ def example_for(model: nn.Module, shape: Sequence[int] | None = None) -> Example
     raise CannotTrace(
         f"{type(model).__name__}: its forward ran with none of {len(errors)} inputs that were "
         f"tried; with {_describe(candidates[0], batches[0])}: {type(errors[0]).__name__}: "
-        f"{lines[0][:200]}. Pass example_inputs= (on the command line --input-shape)."
+        f"{lines[0][:200].rstrip('.')}. Pass example_inputs= (on the command line --input-shape)."
     )
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from rewire.chaining import draft_chains, matches
-from rewire.errors import CannotTrace
+from rewire.chaining import draft_chains, matches, name_residuals
+from rewire.errors import CannotTrace, RewireError
 from rewire.extraction import Program, extract
 from rewire.inputs import as_example, example_for
 from rewire.isolation import training_mode
 from rewire.plans import Chain, Plan, Residual, Skipped
-from rewire.residuals import find_residuals
+from rewire.residuals import Found, find_residuals
 from rewire.tracing import trace_home
 from rewire.watching import Watched, watch
 
@@ -72,6 +73,7 @@ def plan(
             return Skipped(residual.name, residual.where, "cannot trace", detail)
         return None
 
+    _check_globs(watched, found, (*include, *exclude))
     while True:
         chains, left = draft_chains(watched, found, keep, trunk)
         failures = _failures(model, watched, chains)
@@ -89,6 +91,19 @@ def plan(
 
 def _globs(value: Sequence[str] | str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _check_globs(watched: Watched, found: Sequence[Found], globs: Sequence[str]) -> None:
+    """A glob that matches nothing is a slip of the pen."""
+    drafts = name_residuals(watched, found)
+    names = {name for d in drafts for name in (d.residual.name, d.residual.home)}
+    for glob in globs:
+        if not any(matches(name, [glob]) for name in names):
+            near = difflib.get_close_matches(glob, sorted(names), 3, 0) or ["none"]
+            raise RewireError(
+                f"{glob!r} matches no residual module (near it: {', '.join(near)}). Names are "
+                "listed by `rewire inspect`."
+            )
 
 
 def modules_by_home(chains: Sequence[Chain]) -> dict[str, list[Residual]]:

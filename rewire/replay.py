@@ -164,9 +164,10 @@ class Holdings:
         self._generators = [value for value in values if isinstance(value, torch.Generator)]
         self._learnt = {}
 
-    def generators(self) -> list[tuple[torch.Generator, Tensor]]:
-        """The modules' own generators, with their states."""
-        return [(generator, generator.get_state()) for generator in self._generators]
+    def generators(self, sides: Sequence[Any]) -> list[tuple[torch.Generator, Tensor]]:
+        """The modules' own generators, and those among the side inputs, with their states."""
+        given = [side for side in sides if isinstance(side, torch.Generator)]
+        return [(generator, generator.get_state()) for generator in (*self._generators, *given)]
 
     def before(self) -> Before | None:
         """The buffers that the coming run may change, with copies of their values."""

@@ -62,6 +62,13 @@ def make_reversible(
 
     Source: Re2TAL, arXiv 2211.14053.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"make_reversible takes a module, not {type(model).__name__}.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise RewireError(
+            f"{type(model).__qualname__} wraps a model. Rewire the model inside, `model.module`, "
+            "and wrap the result."
+        )
     if is_rewired(model):
         raise RewireError(
             f"{type(model).__qualname__} is rewired already. Rewire the original, which "

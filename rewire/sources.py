@@ -104,7 +104,7 @@ def parse_recipe(spec: str) -> Recipe:
         BadFile: It is no name in a known library.
     """
     if not _named(spec):
-        raise BadFile(f"{spec}: no such model. Give a name: {_FORMS.partition(', timm')[2]}.")
+        raise BadFile(f"{spec}: no such model. Give a name: {_FORMS.partition('), ')[2]}.")
     name, _, query = spec.partition("?")
     options = {key: _value(text) for key, text in parse_qsl(query)}
     kind, _, rest = name.partition("/")

@@ -152,6 +152,7 @@ def _skeleton(original: nn.Module) -> Tensor:
 
     Plain attributes that are tensors stay as they are: no state_dict has them.
     """
+    _check_importable(original)
     persistent, others = _tensors(original)
     memo: dict[int, Any] = {}
     for tensor in [*persistent.values(), *others.values()]:
@@ -166,6 +167,18 @@ def _skeleton(original: nn.Module) -> Tensor:
             'rewire.save(..., source="package.module:callable").'
         ) from error
     return torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
+
+
+def _check_importable(original: nn.Module) -> None:
+    """A class that another process can't import by name would make a file nobody can load."""
+    for name, module in original.named_modules():
+        cls = type(module)
+        if cls.__module__ == "__main__" or "." in cls.__qualname__:
+            raise BadFile(
+                f"{name or 'the model'} is of class {cls.__module__}.{cls.__qualname__}, which a "
+                "file can't refer to. Move the class to the top level of a module, or say how the "
+                'model is built: rewire.save(..., source="package.module:callable").'
+            )
 
 
 def _like(old: Tensor, value: Tensor) -> Tensor:

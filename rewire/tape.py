@@ -208,7 +208,7 @@ class Tape:
         rng = self._current_rng(x.device)
         holdings = step.branch.holdings
         step.parameters = holdings.parameters()
-        step.generators = holdings.generators()
+        step.generators = holdings.generators(sides)
         before = holdings.before()
         version = _version(x)
         with uncached_autocast(), step.record.dropping(self, ("step", len(self.steps))):
@@ -308,7 +308,13 @@ class Tape:
         self.newest, self.older = step.leave(newest), step.leave(older)
         self.at -= 1
         if self.at == 0 and self.begins_equal:
-            drift.compare(self.chain, self.newest, self.older)
+            drift.compare(self.chain, self.newest, self.older, self._coarsest())
+
+    def _coarsest(self) -> torch.dtype:
+        """The dtype of lowest precision that a branch ran in."""
+        dtypes = {step.dtype for step in self.steps}
+        dtypes |= {dtype for step in self.steps for _, on, dtype in step.autocast[-1:] if on}
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _forth(self) -> None:
         """From state i to state i + 1, by recomputation."""

@@ -345,11 +345,12 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _line() -> str:
-    """File and line of the innermost frame that is neither torch's nor this module's."""
+    """File and line of the innermost frame of a model's code (torch's own modules have some)."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         module = frame.f_globals.get("__name__", "")
-        if module != __name__ and module.partition(".")[0] != "torch":
+        layer = module.startswith("torch.nn.modules.") and module != nn.Module.__module__
+        if layer or module.partition(".")[0] not in ("torch", __package__):
             break
         frame = frame.f_back
     path = frame.f_code.co_filename.replace("\\", "/")

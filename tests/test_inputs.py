@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from typing import Any
 
 import numpy
@@ -84,11 +83,9 @@ def test_timm(name: str, options: dict[str, Any], shape: list[int]) -> None:
     assert [list(tensor.shape) for tensor in example.args] == [shape]
 
 
-def test_large_timm_vit_takes_under_two_seconds() -> None:
+def test_large_timm_vit() -> None:
     model = timm.create_model("vit_large_patch16_224")
-    start = time.perf_counter()
     example = example_for(model)
-    assert time.perf_counter() - start < 2
     assert example.description == "image [2, 3, 224, 224], from pretrained_cfg"
 
 

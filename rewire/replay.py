@@ -328,6 +328,7 @@ class _Writer(pickle.Pickler):
         self._shared = shared
 
     def persistent_id(self, item: Any) -> int | None:
+        """What is shared: tensors without their graph, modules, functions, classes."""
         if not isinstance(item, _SHARED):
             return None
         if id(item) not in self._shared:

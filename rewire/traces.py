@@ -81,6 +81,7 @@ def needed_nodes(trace: Trace) -> set[fx.Node]:
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
+    """All nodes that `nodes` depend on."""
     found: set[fx.Node] = set()
     todo = [source for node in nodes for source in node.all_input_nodes]
     while todo:
@@ -133,6 +134,11 @@ def same_value(trace: Trace, node: fx.Node) -> fx.Node:
 
 
 def only_operand(trace: Trace, node: fx.Node) -> fx.Node:
+    """The tensor operand that depends on an argument, where there is one only.
+
+    Raises:
+        CannotTrace: There are several, or none.
+    """
     values = [n for n in tensor_operands(trace, node) if n in trace.varying]
     if len(values) != 1:
         raise CannotTrace(f"the trunk cannot be followed through {node.target}")

@@ -64,6 +64,10 @@ def find_residuals(watched: Watched) -> tuple[list[Found], list[Skipped]]:
     found: list[Found] = []
     skipped: list[Skipped] = []
     by_sum: dict[int, Found] = {}
+    for node, op in enumerate(watched.ops):
+        if op.scaled and _adds_tensors(op, watched.ops):
+            detail = "torch.add with alpha= or out= is not rewired; write x + a * F(x)"
+            skipped.append(_left(watched, node, "scaled add", detail))
     tops, inner = _sums(watched)
     for add in tops:
         terms = list(_terms(watched, add, inner))
@@ -82,10 +86,13 @@ def find_residuals(watched: Watched) -> tuple[list[Found], list[Skipped]]:
 
 def is_addition(op: Op, ops: list[Op]) -> bool:
     """Whether an operation adds two floating tensors (and nothing more)."""
-    if op.name not in ADDITIONS or not op.line or not op.floating:
-        return False
+    return _adds_tensors(op, ops) and not op.scaled
+
+
+def _adds_tensors(op: Op, ops: list[Op]) -> bool:
     operands = [node for node in op.operands if node is not None]
-    return len(operands) == 2 and all(ops[node].floating for node in operands)
+    pair = len(operands) == 2 and all(ops[node].floating for node in operands)
+    return op.name in ADDITIONS and op.floating and pair
 
 
 def _sums(watched: Watched) -> tuple[list[int], set[int]]:

@@ -56,6 +56,7 @@ class Op:
         constant: Does not come from the inputs: parameters, buffers, what is computed from
             them alone, and tensors made from nothing.
         line: File and line of an addition.
+        scaled: An addition with `alpha=` or `out=`.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Op:
     view: bool = False
     constant: bool = False
     line: str = ""
+    scaled: bool = False
 
 
 @dataclass(slots=True)
@@ -288,8 +290,9 @@ class _Recorder(TorchFunctionMode):
         self, node: int, name: str, kwargs: Any, tensor: Tensor, args: tuple[Any, ...]
     ) -> None:
         op = self.watched.ops[node]
-        if name in ADDITIONS and not any(key in kwargs for key in ("alpha", "out")):
+        if name in ADDITIONS:
             op.line = _line()
+            op.scaled = "alpha" in kwargs or "out" in kwargs
         source = args[0] if args and isinstance(args[0], Tensor) else None
         same_values = name not in ("detach", "__get__") and source is not None
         op.view = bool(

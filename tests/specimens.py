@@ -318,6 +318,9 @@ SPECIMENS = {
     "three terms": Specimen(spelled(lambda x, f: x + f + f.tanh()), rows, (3,)),
     "three terms, skip last": Specimen(spelled(lambda x, f: (f + f.tanh()) + x), rows, (3,)),
     "scaled skip": Specimen(spelled(lambda x, f: 0.5 * x + f), rows, (3,)),
+    "add with alpha": Specimen(
+        spelled(lambda x, f: torch.add(x, f, alpha=2)), rows, (), ("scaled add",)
+    ),
     "root loop": Specimen(RootLoop, rows, (4,)),
     "sequential": Specimen(lambda: nn.Sequential(*(Functional() for _ in range(3))), rows, (3,)),
     "tuples and masks": Specimen(TupleNet, rows, (4,), random=True),

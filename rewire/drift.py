@@ -46,7 +46,7 @@ def compare(chain: Chain, newest: Tensor, older: Tensor, coarsest: torch.dtype) 
     The bound is that of the streams' rounding, or one rounding of the coarsest dtype that a
     branch ran in: with bfloat16 branches the gradients are no finer anyway.
 
-    On an accelerator the verdict is read at the next comparison or `flush`, so that backward
+    On an accelerator the verdict is read at the next comparison, so that backward
     does not wait for the device.
     """
     if newest.device.type == "meta" or newest.numel() == 0:
@@ -56,16 +56,11 @@ def compare(chain: Chain, newest: Tensor, older: Tensor, coarsest: torch.dtype) 
         scale = newest.abs().amax().clamp_min_(torch.finfo(newest.dtype).tiny)
         relative = torch.sub(newest, older).abs_().amax() / scale
     if not _listeners and newest.device.type != "cpu":
-        flush()
+        while _pending:
+            _judge(*_pending.pop(0))
         _pending.append((chain, relative, bound))
         return
     _judge(chain, relative, bound)
-
-
-def flush() -> None:
-    """Read the comparisons that are still on a device."""
-    while _pending:
-        _judge(*_pending.pop(0))
 
 
 @contextmanager

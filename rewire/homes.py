@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.errors import CannotTrace
 from rewire.extraction import Program
-from rewire.links import Course, find
+from rewire.links import Course, attach, find
 from rewire.pieces import BranchCode
 from rewire.planning import program_for
 from rewire.plans import Residual
 from rewire.replay import Holdings, autocast_state
-from rewire.reversible import ReversibleSequential, advance, attach, dense, follow, resume
+from rewire.reversible import ReversibleSequential, advance, dense, follow, resume
 from rewire.structure import flatten, unflatten
 from rewire.tape import Branch, Output
 

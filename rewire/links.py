@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rewire import drift
 from rewire.coupling import COUPLINGS, Coupling
 from rewire.errors import StreamMismatch
-from rewire.tape import Layout, Step, Tail, Tape
+from rewire.tape import Layout, Tail, Tape
 
 
 class _Run(threading.local):
@@ -232,6 +232,3 @@ def choose_site(course: Course, sites: Sequence[int], link: Link | None) -> tupl
         "chain only views of the whole tensor are allowed (no copy, cast, scale, or change of "
         "order); keep one of them out with `exclude=` to cut the chain there."
     )
-
-
-__all__ = ["Course", "Link", "Step", "attach", "choose_site", "find", "layout", "relaid", "version"]

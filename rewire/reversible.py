@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire.errors import StreamMismatch
-from rewire.links import Course, Link, attach, choose_site, find, layout, relaid, version
+from rewire.links import Course, Link, choose_site, find, version
 from rewire.replay import Holdings, autocast_state
 from rewire.tape import Branch, Output, Record, Step, Tail, Tape
 
@@ -337,18 +337,3 @@ def dense(x: Tensor) -> Tensor:
             return x.contiguous()
         expected *= size
     return x
-
-
-__all__ = [
-    "ReversibleSequential",
-    "advance",
-    "attach",
-    "dense",
-    "follow",
-    "layout",
-    "open_chain",
-    "recording",
-    "relaid",
-    "resume",
-    "store_activations",
-]

@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rewire.comparison import Difference, Distance, distance
+    from rewire.coupling import Bdia, Coefficients, Consistent, Coupling, Dr2, Re2
     from rewire.errors import (
         BadFile,
         CannotTrace,
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from rewire.planning import plan
     from rewire.plans import Chain, Plan, Residual, Skipped
     from rewire.profiling import Profile, profile
+    from rewire.recalibration import recalibrate
     from rewire.reversible import ReversibleSequential, store_activations
     from rewire.rewriting import make_reversible
     from rewire.storage import load, save
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "comparison": ("Difference", "Distance", "distance"),
+    "coupling": ("Bdia", "Coefficients", "Consistent", "Coupling", "Dr2", "Re2"),
     "errors": (
         "BadFile",
         "CannotTrace",
@@ -40,6 +45,7 @@ _HOMES = {
     "planning": ("plan",),
     "plans": ("Chain", "Plan", "Residual", "Skipped"),
     "profiling": ("Profile", "profile"),
+    "recalibration": ("recalibrate",),
     "reversible": ("ReversibleSequential", "store_activations"),
     "rewriting": ("make_reversible",),
     "storage": ("load", "save"),
@@ -49,23 +55,33 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BadFile",
+    "Bdia",
     "CannotTrace",
     "Chain",
     "Check",
+    "Coefficients",
+    "Consistent",
+    "Coupling",
+    "Difference",
+    "Distance",
+    "Dr2",
     "NotRepeatable",
     "NothingToRewire",
     "Plan",
     "Profile",
+    "Re2",
     "Residual",
     "ReversibleSequential",
     "RewireError",
     "Skipped",
     "StreamMismatch",
     "Verdict",
+    "distance",
     "load",
     "make_reversible",
     "plan",
     "profile",
+    "recalibrate",
     "save",
     "store_activations",
     "verify",

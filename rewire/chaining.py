@@ -160,10 +160,11 @@ def _link(watched: Watched, draft: Draft, drafts: dict[int, Draft], trunk: str) 
         draft.kind, draft.cut = _why_first(watched, found)
         _start(watched, draft)
         return
-    zones = _zones(watched, found, previous.found)
+    norm = _norm_on(watched, previous.found, found.trunk)
+    zones = _zones(watched, found, previous.found, norm)
     obstacle = _obstacle(watched, found, zones)
     if obstacle:
-        draft.kind, draft.cut = "trunk", obstacle
+        draft.kind, draft.cut = obstacle
         _start(watched, draft)
         return
     same_home = previous.found.home == found.home
@@ -179,6 +180,7 @@ def _link(watched: Watched, draft: Draft, drafts: dict[int, Draft], trunk: str) 
     previous.residual = replace(
         previous.residual,
         tail=previous.residual.tail or tail,
+        norm=previous.residual.norm or bool(norm),
         leads=previous.residual.leads or not same_home,
     )
     draft.previous = previous
@@ -192,26 +194,77 @@ def _start(watched: Watched, draft: Draft) -> None:
     draft.residual = replace(draft.residual, entry="fork", head=head)
 
 
-def _zones(watched: Watched, found: Found, previous: Found) -> dict[str, list[str]]:
-    """Kinds of the operations between two sums, by whose code runs them."""
+def _zones(
+    watched: Watched, found: Found, previous: Found, norm: Sequence[int]
+) -> dict[str, list[str]]:
+    """Kinds of the operations between two sums but for a norm on the first, by whose code."""
     zones: dict[str, list[str]] = {"tail": [], "between": [], "head": []}
-    for node in found.trunk:
+    for node in found.trunk[len(norm) :]:
         path = watched.path(node)
         zone = "head" if found.home in path else "tail" if previous.home in path else "between"
         zones[zone].append(trunk_kind(watched, node))
     return zones
 
 
-def _obstacle(watched: Watched, found: Found, zones: dict[str, list[str]]) -> str:
-    """What on the trunk keeps two modules from being one chain."""
-    if "elementwise" in zones["between"]:
-        return "an activation, scale or copy stands between the two modules, in neither's code"
+def _obstacle(
+    watched: Watched, found: Found, zones: dict[str, list[str]]
+) -> tuple[str, str] | None:
+    """What on the trunk keeps two modules from being one chain: a kind, and in words."""
+    kinds = [kind for zone in zones.values() for kind in zone]
+    if "norm" in kinds:
+        return "post-norm", "a normalisation stands between them, not alone behind the first sum"
+    if "elementwise" in zones["between"] or "cast" in kinds:
+        return (
+            "trunk",
+            "an activation, scale, cast or copy stands between the two modules, in neither's code",
+        )
     if zones["tail"] != sorted(zones["tail"]) or zones["head"] != sorted(zones["head"])[::-1]:
-        return "views and activations alternate on the trunk"
+        return "trunk", "views and activations alternate on the trunk"
     views = [node for node in found.trunk if trunk_kind(watched, node) == "view"]
     if any(node > found.fork for node in views):
-        return "the branch starts before a view of its skip"
-    return ""
+        return "trunk", "the branch starts before a view of its skip"
+    return None
+
+
+# ---- normalisations on the trunk -----------------------------------------------------------
+
+
+def _norm_on(watched: Watched, found: Found, following: Sequence[int]) -> list[int]:
+    """The operations of the normalisation that a home calls on its sum, first of `following`.
+
+    One call of a child that normalises and does nothing else but views and casts, or the
+    operation itself in the home's own code. Only it reads the sum.
+    """
+    if not following or found.home not in watched.path(following[0]):
+        return []
+    if set(watched.graph.successors(found.add)) != {following[0]}:
+        return []
+    caller = _caller(watched, found, following[0])
+    group = [n for n in following if _caller(watched, found, n) == caller]
+    kinds = [trunk_kind(watched, node) for node in group]
+    alone = kinds.count("norm") == 1 and set(kinds) <= {"norm", "view", "cast"}
+    return group if alone and list(following[: len(group)]) == group else []
+
+
+def _caller(watched: Watched, found: Found, node: int) -> tuple[str, int]:
+    """The child of a home in whose call an operation runs, or the operation itself."""
+    path = watched.path(node)
+    depth = path.index(found.home) + 1 if found.home in path else len(path)
+    return ("call", path[depth]) if len(path) > depth else ("op", node)
+
+
+def _last_norm(watched: Watched, draft: Draft) -> Draft:
+    """A chain of post-norm modules ends with the norm on its last sum."""
+    found, way = draft.found, []
+    node = found.add
+    while len(users := list(watched.graph.successors(node))) == 1:
+        node = users[0]
+        if trunk_kind(watched, node) not in ("view", "cast", "norm"):
+            break
+        way.append(node)
+    if _norm_on(watched, found, way):
+        draft.residual = replace(draft.residual, norm=True)
+    return draft
 
 
 def _why_first(watched: Watched, found: Found) -> tuple[str, str]:
@@ -308,6 +361,8 @@ def _nesting(chains: list[list[Draft]], skipped: list[Skipped]) -> list[list[Dra
 
 
 def _finished(watched: Watched, drafts: list[Draft], trunk: str) -> Chain:
+    if drafts[-2].residual.norm:
+        _last_norm(watched, drafts[-1])
     modules = _unified([draft.residual for draft in drafts])
     taps = []
     for draft, following in itertools.pairwise(drafts):

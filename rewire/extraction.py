@@ -37,6 +37,7 @@ class Program:
         outer: (home, run, *constants, *leaves) -> leaves of the result; calls `run.step` and
             `run.follow`.
         branches: By number of the residual module in the home.
+        norms: By number: the normalisation of the sum, or None.
         tails: By number: the activation behind the sum, (home, x) -> T(x), or None.
         result: Structure of the result.
         constants: Objects the code reads.
@@ -48,6 +49,7 @@ class Program:
 
     outer: Callable[..., Any]
     branches: tuple[BranchCode, ...]
+    norms: tuple[BranchCode | None, ...]
     tails: tuple[Callable[..., Any] | None, ...]
     result: Spec
     constants: tuple[Any, ...]
@@ -98,11 +100,12 @@ def extract(
     _check_mutations(trace, pieces)
     _check_exits(trace, pieces, homes)
     branches = tuple(piece.branch_code() for piece in pieces)
+    norms = tuple(piece.norm_code() for piece in pieces)
     tails = tuple(piece.tail_code() for piece in pieces)
     outer = _Outer(trace, pieces).code()
     decide, decided, shapes = _decisions(trace)
     constants = tuple(trace.constants.values())
-    return Program(outer, branches, tails, trace.result, constants, decide, decided, shapes)
+    return Program(outer, branches, norms, tails, trace.result, constants, decide, decided, shapes)
 
 
 class _Outer:
@@ -164,6 +167,8 @@ class _Outer:
         for node in piece.adds[1:]:
             self.copies[node] = self.copies[piece.sum]
         result = self.copies[piece.sum]
+        if piece.norm is not None:
+            self.copies[piece.norm] = result
         if piece.tail and not piece.tail_inside:
             result = self.graph.call_method("follow", (self.run, number, result))
         for node in piece.tail:

@@ -25,9 +25,9 @@ from rewire.pieces import BranchCode
 from rewire.planning import program_for
 from rewire.plans import Residual
 from rewire.replay import Holdings, autocast_state
-from rewire.reversible import ReversibleSequential, advance, dense, follow, resume
+from rewire.reversible import NormBranch, ReversibleSequential, advance, dense, follow, resume
+from rewire.steps import Branch, Output
 from rewire.structure import flatten, unflatten
-from rewire.tape import Branch, Output
 
 _MOST_PROGRAMS = 64
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -62,6 +62,11 @@ class HomeBranch:
         self.home = home
         self.code = code
         self.holdings = Holdings()
+
+    @property
+    def training(self) -> bool:
+        """Whether the home is in train mode."""
+        return self.home.training
 
     def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
         """Run the branch's code on its home."""
@@ -133,9 +138,10 @@ class HomeState:
     places: tuple[tuple[int, int], ...]  # for each residual: number of its chain, place in it
     programs: dict[Any, list[Program]] = field(default_factory=dict, repr=False)
     bound: dict[int, tuple[HomeBranch, ...]] = field(default_factory=dict, repr=False)
+    norms: dict[int, tuple[NormBranch | None, ...]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "programs": {}, "bound": {}}
+        return {**self.__dict__, "programs": {}, "bound": {}, "norms": {}}
 
     def program(self, home: nn.Module, arguments: Any, leaves: list[Any], spec: Any) -> Program:
         """The program for these arguments, traced where there is none yet."""
@@ -149,6 +155,7 @@ class HomeState:
         if sum(map(len, self.programs.values())) >= _MOST_PROGRAMS:
             self.programs.clear()
             self.bound.clear()
+            self.norms.clear()
         self.programs.setdefault(key, []).append(program)
         return program
 
@@ -190,6 +197,10 @@ class HomeState:
         if bound is None or bound[0].home is not home:
             bound = tuple(HomeBranch(home, code) for code in program.branches)
             self.bound[id(program)] = bound
+            self.norms[id(program)] = tuple(
+                None if code is None else NormBranch(HomeBranch(home, code))
+                for code in program.norms
+            )
             for number, chain in enumerate(self.chains):
                 places = zip(self.places, bound, strict=True)
                 chain.branches = [branch for (owner, _), branch in places if owner == number]
@@ -227,6 +238,7 @@ class HomeRun:
     def __init__(self, home: nn.Module, state: HomeState, program: Program) -> None:
         self._home, self._state, self._program = home, state, program
         self._branches = state.branches(home, program)
+        self._norms = state.norms[id(program)]
 
     def _place(self, number: int) -> tuple[Course, tuple[int, ...]]:
         chain, place = self._state.places[number]
@@ -238,7 +250,8 @@ class HomeRun:
         course, sites = self._place(number)
         x = dense(x)
         site, link = resume(course, sites, x)
-        visible, link, sideways = advance(link, site, x, self._branches[number], sides)
+        branch, norm = self._branches[number], self._norms[number]
+        visible, link, sideways = advance(link, site, x, branch, sides, norm)
         if site < len(course.sites) - 1:
             attach(visible, link)
         return (visible, *sideways)

@@ -7,11 +7,12 @@ that they live exactly as long as it does.
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import weakref
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +20,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rewire import drift
-from rewire.coupling import COUPLINGS, Coupling
-from rewire.errors import StreamMismatch
-from rewire.tape import Layout, Tail, Tape
+from rewire.coupling import Coupling, Re2
+from rewire.errors import RewireError, StreamMismatch
+from rewire.grid import Grid, OnGrid
+from rewire.steps import Layout, Tail
+from rewire.tape import Tape
+
+PRECISIONS = ("exact", "float64", "fast")
 
 
 class _Run(threading.local):
@@ -43,19 +48,46 @@ class Course:
     Attributes:
         name: Qualified name of the chain.
         sites: Names of its residual modules in order.
-        coupling: Name of the coupling.
+        coupling: The equation of its steps.
+        precision: "exact", "float64" or "fast"; see `rewire.make_reversible`.
+        check: What to do where the rebuilt streams are not right: "warn", "raise" or "off".
         stored: Run by ordinary autograd, with activations stored.
+        grid: Where its streams stand, from run to run.
     """
 
     name: str
     sites: tuple[str, ...]
-    coupling: str = "re2"
+    coupling: Coupling = field(default_factory=Re2)
+    precision: str = "exact"
+    check: InitVar[str] = "warn"
     stored: bool = False
     run: _Run = field(default_factory=_Run, repr=False)
     drift: drift.Chain = field(init=False, repr=False)
+    grid: Grid = field(default_factory=Grid, repr=False)
 
-    def __post_init__(self) -> None:
-        self.drift = drift.Chain(self.name)
+    def __post_init__(self, check: str) -> None:
+        for what, given, known in (
+            ("precision", self.precision, PRECISIONS),
+            ("check", check, drift.CHECKS),
+        ):
+            if given not in known:
+                raise ValueError(f"{what}={given!r}; choose one of {', '.join(map(repr, known))}.")
+        self.drift = drift.Chain(self.name, check)
+        if self.precision == "fast":
+            self._refuse_growth()
+
+    def _refuse_growth(self) -> None:
+        """Without a grid an error of the inverse grows from module to module."""
+        growth, unit = self.coupling.growth, torch.finfo(torch.float32).eps
+        if growth <= 1:
+            return
+        safe = int(math.log(drift.limit(torch.float32) / unit) / math.log(growth))
+        if len(self.sites) > safe:
+            raise RewireError(
+                f"chain {self.name or '(model)'}: with {self.coupling} an error of the inverse "
+                f'grows {growth:.3g} times in each module. precision="fast" is safe up to {safe} '
+                f'modules, and these are {len(self.sites)}: use precision="exact".'
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "run": None}
@@ -78,10 +110,10 @@ class Course:
             self.run.site = -1
         return self.run.site
 
-    @property
-    def arithmetic(self) -> Coupling:
-        """The coupling itself."""
-        return COUPLINGS[self.coupling]
+    def stream_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the streams, for tensors of `dtype`: never the model's by accident."""
+        wide = self.precision == "float64" or dtype == torch.float64
+        return torch.float64 if wide else torch.float32
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +129,8 @@ class Link:
         position: Number of steps on the tape when the tensor was made.
         version: Version counter of the visible tensor.
         tail: The activation between `newest` and the visible tensor.
+        grid: Where the streams stand; None for plain floats.
+        first: x_0, where the coupling's merge reads it.
     """
 
     course: Course
@@ -107,6 +141,8 @@ class Link:
     position: int
     version: int
     tail: Tail | None = None
+    grid: OnGrid | None = None
+    first: Tensor | None = None
 
     def streams(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Layout, Layout] | None]:
         """Both streams in the layout of `x`, the visible tensor or a view of all of it."""

@@ -53,6 +53,7 @@ class Piece:
         entry: The node that carries the newest stream in.
         skip: The skip operand; `head` where activations stand between `entry` and it.
         region: Nodes of the branch.
+        norm: The node of the normalisation of the sum.
         tail: Nodes of the activation behind the sum.
     """
 
@@ -73,6 +74,7 @@ class Piece:
         self._check(before, homes)
         self._check_entry(before, homes)
         inside = trunk == "inside"
+        self.norm = self._find_norm() if residual.norm else None
         self.tail = self._find_tail() if residual.tail or inside else []
         self.tail_inside = inside
 
@@ -136,9 +138,19 @@ class Piece:
         if not outside and node not in sums:
             raise CannotTrace(f"{node.target} stands on the trunk before {self.residual.name}")
 
+    def _find_norm(self) -> fx.Node:
+        """The call that normalises the sum, and alone reads it."""
+        users = [user for user in self.sum.users if not is_after_effect(user)]
+        if len(users) != 1 or not is_activation(self.trace, users[0]):
+            raise CannotTrace(
+                f"the sum of {self.residual.name} is read by {len(users)} operations, not by its "
+                "normalisation alone"
+            )
+        return users[0]
+
     def _find_tail(self) -> list[fx.Node]:
         tail: list[fx.Node] = []
-        node = self.sum
+        node = self.norm or self.sum
         while True:
             users = [user for user in node.users if not is_after_effect(user)]
             if len(users) != 1 or not is_activation(self.trace, users[0]):
@@ -152,12 +164,12 @@ class Piece:
     @property
     def result(self) -> fx.Node:
         """The node whose value later code sees."""
-        return self.tail[-1] if self.tail else self.sum
+        return self.tail[-1] if self.tail else self.norm or self.sum
 
     @property
     def hidden(self) -> set[fx.Node]:
         """Nodes that do not appear in the code around the branch."""
-        return {*self.region, *self.adds, *self.tail}
+        return {*self.region, *self.adds, *self.tail, *([self.norm] if self.norm else [])}
 
     def sides(self) -> list[fx.Node]:
         """Values from outside the branch that it reads."""
@@ -200,12 +212,7 @@ class Piece:
             branch = _copy_tail(self.trace, graph, self.tail, branch, fresh=True)
         trunk = copies[self.skip] if self.residual.head else None
         graph.output((branch, trunk, tuple(copies[node] for node in self.sideways())))
-        function, source = compiled(graph)
-        called = [str(node.target) for node in self.region if node.op == "call_module"]
-        read = [str(node.target).rpartition(".") for node in graph.nodes if node.op == "get_attr"]
-        attributes = tuple(dict.fromkeys((owner, name) for owner, _, name in read))
-        modules = tuple(dict.fromkeys(called))
-        return BranchCode(self.residual.name, function, modules, attributes, source)
+        return _as_code(self.residual.name, graph)
 
     def _changes_entry(self) -> bool:
         """Whether the branch writes into the storage of the stream it is given."""
@@ -222,9 +229,28 @@ class Piece:
         graph.output(_copy_tail(self.trace, graph, self.tail, x, fresh=self._tail_changes_sum()))
         return compiled(graph)[0]
 
+    def norm_code(self) -> BranchCode | None:
+        """The normalisation of the sum as a function (home, x) -> (T(x), None, ())."""
+        if self.norm is None:
+            return None
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        fresh = storage_of(self.trace.hints[self.sum]) in self.trace.mutations.get(self.norm, ())
+        graph.output((_copy_tail(self.trace, graph, [self.norm], x, fresh=fresh), None, ()))
+        return _as_code(self.residual.name, graph)
+
     def _tail_changes_sum(self) -> bool:
         changed = {s for node in self.tail for s in self.trace.mutations.get(node, ())}
         return storage_of(self.trace.hints[self.sum]) in changed
+
+
+def _as_code(name: str, graph: fx.Graph) -> BranchCode:
+    """A graph as code, with the modules, parameters and buffers that it reads."""
+    function, source = compiled(graph)
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    read = [str(node.target).rpartition(".") for node in graph.nodes if node.op == "get_attr"]
+    attributes = tuple(dict.fromkeys((owner, attribute) for owner, _, attribute in read))
+    return BranchCode(name, function, tuple(dict.fromkeys(called)), attributes, source)
 
 
 def _copy_tail(
@@ -253,6 +279,9 @@ def _copy_constants(graph: fx.Graph, nodes: Sequence[fx.Node]) -> dict[fx.Node, 
 
 def compiled(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
     """A function (home, *placeholders) from a graph."""
+    for node in graph.nodes:
+        if node.name == "self":  # a child of that name; the code calls the home so
+            node._rename("self_child")
     code = graph.python_code(root_module="self")
     return _function(code.src, _Globals(code.globals)), code.src
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from rewire.chaining import draft_chains, matches, name_residuals
+from rewire.coupling import Coupling, coupling_from
 from rewire.errors import CannotTrace, RewireError
 from rewire.extraction import Program, extract
 from rewire.inputs import as_example, example_for
 from rewire.isolation import training_mode
 from rewire.plans import Chain, Plan, Residual, Skipped
+from rewire.replay import uncached_autocast
 from rewire.residuals import Found, find_residuals
 from rewire.tracing import trace_home
 from rewire.watching import Watched, watch
@@ -26,6 +29,8 @@ def plan(
     model: nn.Module,
     example_inputs: Any = None,
     *,
+    coupling: str | Coupling = "re2",
+    precision: str = "exact",
     trunk: str = "identity",
     include: Sequence[str] | str = (),
     exclude: Sequence[str] | str = (),
@@ -41,6 +46,8 @@ def plan(
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword
             arguments. May be left out for models that take an image, a video, or token ids.
             Nothing of it (batch, size, dtype, device) is burned in.
+        coupling: As for `rewire.make_reversible`.
+        precision: As for `rewire.make_reversible`.
         trunk: What happens to an activation after an add: "identity" keeps the function of each
             module exactly, "inside" moves it into the branch (Re2TAL's form for ResNets).
         include: Globs of qualified names of residual modules or modules above them; others are
@@ -59,7 +66,8 @@ def plan(
         raise ValueError(f"trunk={trunk!r}; choose one of {', '.join(map(repr, TRUNKS))}.")
     example = example_for(model) if example_inputs is None else as_example(example_inputs)
     include, exclude = _globs(include), _globs(exclude)
-    watched = watch(model, example.args, example.kwargs)
+    with uncached_autocast():
+        watched = watch(model, example.args, example.kwargs)
     found, skipped = find_residuals(watched)
     refused: dict[str, str] = {}
 
@@ -80,13 +88,23 @@ def plan(
         if not failures:
             break
         refused.update(failures)
-    return Plan(
+    plan = Plan(
         model=type(model).__qualname__,
         chains=chains,
         skipped=[*left, *dict.fromkeys(skipped)],
         inputs=example.description,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
+    return coupled(plan, coupling, precision)
+
+
+def coupled(plan: Plan, coupling: str | Coupling | None, precision: str | None) -> Plan:
+    """A plan with another coupling or precision; None leaves what it has."""
+    found = None if coupling is None else coupling_from(coupling)
+    changed: dict[str, Any] = {} if precision is None else {"precision": precision}
+    if found is not None:
+        changed |= {"coupling": str(found), "bits": found.bits}
+    return replace(plan, chains=[replace(chain, **changed) for chain in plan.chains])
 
 
 def _globs(value: Sequence[str] | str) -> tuple[str, ...]:
@@ -173,5 +191,6 @@ def program_for(
                 f"{name} has a forward hook, which would not run: its code is inlined"
             )
     forward = type(home).forward if forward is None else forward
-    trace = trace_home(home, forward, arguments, residuals[0].inlined, mode)
+    with uncached_autocast():  # else it would keep fake tensors for later runs
+        trace = trace_home(home, forward, arguments, residuals[0].inlined, mode)
     return extract(trace, residuals, inner, trunk)

@@ -31,6 +31,7 @@ class Residual:
         head: An activation in the home leads from the previous sum (or the fork) to the skip.
         tail: An activation follows the sum before its home returns.
         leads: The sum is the skip of a module outside the home.
+        norm: A normalisation stands on the sum (post-norm): x_{i+1} = T(sum).
         branch: Names, relative to the home, of the modules the branch calls.
     """
 
@@ -46,6 +47,7 @@ class Residual:
     head: bool = False
     tail: bool = False
     leads: bool = False
+    norm: bool = False
     branch: tuple[str, ...] = ()
 
 
@@ -61,6 +63,10 @@ class Chain:
         trunk: "identity" for the exact two-stream form, or "inside": activations behind
             the adds are moved into the branches (Re2TAL's form for ResNets).
         taps: Modules whose value is used outside the chain too; there it is the newest stream.
+        coupling: The equation of its steps, as spelled by `rewire.Coupling`.
+        precision: Of its streams: "exact", "float64" or "fast".
+        bits: Of correction, per element of the stream and module, that the coupling's inverse
+            needs. What a normalisation on the trunk needs beside it is measured in each run.
     """
 
     name: str
@@ -68,12 +74,20 @@ class Chain:
     shape: tuple[int, ...] = ()
     trunk: str = "identity"
     taps: tuple[str, ...] = ()
+    coupling: str = "re2"
+    precision: str = "exact"
+    bits: int = 0
 
     def __len__(self) -> int:
         return len(self.modules)
 
     def __iter__(self) -> Iterator[Residual]:
         return iter(self.modules)
+
+    @property
+    def norms(self) -> int:
+        """Number of modules with a normalisation on the trunk."""
+        return sum(module.norm for module in self.modules)
 
     @property
     def homes(self) -> tuple[str, ...]:

@@ -105,6 +105,7 @@ def uncached_autocast() -> Iterator[None]:
 
 
 Place = tuple[nn.Module, str]
+Flags = tuple[tuple[nn.Module, bool], ...]
 Changed = list[tuple[nn.Module, str, Tensor]]
 
 
@@ -193,6 +194,10 @@ class Holdings:
         self._learnt[before.flags] = [(m, n) for m, n in self._buffers if m in busy]
         return [(m, n, old) for (m, n), old in kept if m in busy]
 
+    def flags(self) -> Flags:
+        """The modules' training flags."""
+        return tuple((m, m.training) for m in self._modules)
+
     def parameters(self) -> list[Held]:
         """The parameters in use, with their version counters."""
         held = ((m, name, m._parameters.get(name)) for m, name in self._parameters)
@@ -240,6 +245,27 @@ def replayed_parameters(held: Sequence[Held]) -> Iterator[None]:
     finally:
         for h, now in lent:
             h.module._parameters[h.name] = now
+
+
+@contextmanager
+def replayed_flags(flags: Flags) -> Iterator[None]:
+    """Run in the training modes of an earlier run."""
+    other = [module for module, training in flags if module.training != training]
+    try:
+        for module in other:
+            module.training = not module.training
+        yield
+    finally:
+        for module in other:
+            module.training = not module.training
+
+
+def changed_flag(flags: Flags) -> str | None:
+    """What was switched between train and eval mode since a run: a class, and the mode it had."""
+    for module, training in flags:
+        if module.training != training:
+            return f"{type(module).__name__} was in {'train' if training else 'eval'} mode"
+    return None
 
 
 def changed_parameter(held: Sequence[Held]) -> str | None:

@@ -24,6 +24,7 @@ _ACTIVATIONS = frozenset(
 _SCALES = frozenset(("mul", "__mul__", "__rmul__", "div", "true_divide", "__truediv__", "neg"))
 _SHIFTS = ADDITIONS | {"sub", "__sub__"}
 _COPIES = frozenset(("contiguous", "clone"))
+_CASTS = frozenset(("to", "float", "double", "half", "bfloat16", "type", "type_as"))
 _NORMS = frozenset(("layer_norm", "batch_norm", "group_norm", "rms_norm", "instance_norm"))
 T = TypeVar("T")
 Terms = list[tuple[tuple[int, ...], int]]  # (operand at each level of a sum, node)
@@ -165,7 +166,7 @@ def _classify(watched: Watched, add: int, terms: Terms, found: list[Found]) -> F
 
 def _fork(watched: Watched, node: int, others: list[int]) -> tuple[int | None, frozenset[int]]:
     """The nearest node behind `node` from which the other terms are computed, and how."""
-    for fork in (node, *_trunk(watched, node)):
+    for fork in (node, *_trunk(watched, node, _IN_PLACE)):
         branch = _between(watched.graph, fork, others)
         if any(_kind(watched.ops, n) not in ("view", "elementwise") for n in branch):
             return fork, branch
@@ -243,9 +244,13 @@ def _left(watched: Watched, add: int, reason: str, detail: str) -> Skipped:
 # ---- the trunk ---------------------------------------------------------------------------
 
 
-def _trunk(watched: Watched, node: int) -> Iterator[int]:
-    """Walk back from a value through operations that keep it in its place."""
-    while _kind(watched.ops, node) in ("view", "elementwise"):
+_IN_PLACE = ("view", "elementwise")  # kinds of operations that keep a value in its place
+_ON_TRUNK = (*_IN_PLACE, "norm", "cast")
+
+
+def _trunk(watched: Watched, node: int, kinds: Sequence[str] = _ON_TRUNK) -> Iterator[int]:
+    """Walk back from a value through operations of certain kinds."""
+    while _kind(watched.ops, node) in kinds:
         node = trunk_operand(watched.ops, node)
         yield node
 
@@ -272,7 +277,7 @@ def _follow_trunk(watched: Watched, found: Found, by_sum: dict[int, Found]) -> N
 
 
 def trunk_kind(watched: Watched, node: int) -> str:
-    """What an operation does to a trunk: "view", "elementwise", "norm" or "other"."""
+    """What an operation does to a trunk: "view", "elementwise", "norm", "cast" or "other"."""
     return _kind(watched.ops, node)
 
 
@@ -287,7 +292,7 @@ def _kind(ops: list[Op], node: int) -> str:
     operands = [n for n in op.operands if n is not None]
     values = [n for n in operands if not ops[n].constant]
     name = op.name if op.name.startswith("__") else op.name.rstrip("_")
-    if name in _NORMS:
+    if name in _NORMS and op.shape == ops[trunk_operand(ops, node)].shape:
         return "norm"
     if len(values) != 1:
         return "other"
@@ -295,5 +300,7 @@ def _kind(ops: list[Op], node: int) -> str:
         return "view"
     if ops[values[0]].shape != op.shape or not op.floating or not ops[values[0]].floating:
         return "other"
+    if name in _CASTS:
+        return "cast"
     shift = name in _SHIFTS and len(operands) == 1
     return "elementwise" if name in _SCALES or shift or name in _ACTIVATIONS | _COPIES else "other"

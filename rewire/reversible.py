@@ -6,17 +6,27 @@ saved-tensor hooks, see `rewire.tape`.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from rewire.errors import StreamMismatch
+from rewire import drift
+from rewire.arithmetic import Coupled
+from rewire.coupling import Coupling, coupling_from
+from rewire.errors import RewireError, StreamMismatch
+from rewire.grid import OnGrid, rounded, straight
 from rewire.links import Course, Link, choose_site, find, version
+from rewire.norms import Normed, Watching
 from rewire.replay import Holdings, autocast_state
-from rewire.tape import Branch, Output, Record, Step, Tail, Tape
+from rewire.steps import Branch, Layout, Output, Record, Step, Tail
+from rewire.tape import Tape
 
 
 class ModuleBranch:
@@ -34,6 +44,11 @@ class ModuleBranch:
     def function(self) -> Callable[..., Tensor]:
         """The function, or the module that is the owner's child now."""
         return self._function or getattr(self._owner, self._key)
+
+    @property
+    def training(self) -> bool:
+        """Whether the owner is in train mode."""
+        return self._owner.training
 
     def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
         """F(x, *sides)."""
@@ -57,10 +72,12 @@ class ReversibleSequential(nn.Module):
     Args:
         branches: F_1, F_2, ...: modules or functions of (x, *sides), each giving a tensor of
             the shape of x, [*S] (or one that broadcasts to it).
-        coupling: Name of the coupling; "re2" is Re2TAL's.
+        coupling: A `rewire.Coupling` or its spelling; "re2" is Re2TAL's.
+        precision: As for `rewire.make_reversible`.
+        check: As for `rewire.make_reversible`.
         name: The chain's name in messages.
 
-    Shape: input [*S], output [*S]. The streams are at least float32; input and output are
+    Shape: input [*S], output [*S]. The streams are float32 or float64; input and output are
         of one dtype.
 
     Example:
@@ -79,7 +96,9 @@ class ReversibleSequential(nn.Module):
         self,
         branches: Iterable[Callable[..., Tensor]],
         *,
-        coupling: str = "re2",
+        coupling: str | Coupling = "re2",
+        precision: str = "exact",
+        check: str = "warn",
         name: str = "",
     ) -> None:
         super().__init__()
@@ -93,7 +112,7 @@ class ReversibleSequential(nn.Module):
             full = f"{name}.{index}".lstrip(".")
             self.branches.append(ModuleBranch(full, self, str(index), function))
         sites = tuple(branch.name for branch in self.branches)
-        self.course = Course(name, sites, coupling)
+        self.course = Course(name, sites, coupling_from(coupling), precision, check)
 
     def forward(self, x: Tensor, *sides: Any) -> Tensor:
         """The mean of both streams after the last module.
@@ -115,18 +134,20 @@ class ReversibleSequential(nn.Module):
 
     def streams(self, x: Tensor, *sides: Any) -> tuple[Tensor, Tensor]:
         """Both streams after the last module, newest first; activations are stored."""
-        newest = older = _stream(dense(x))
-        for branch in self.branches:
-            output = branch(newest.to(x.dtype), sides)
-            newest, older = self.course.arithmetic.forward(newest, older, *output[:2]), newest
-        return newest, older
+        with store_activations(self):
+            x = dense(x)
+            link = open_chain(self.course, x)
+            for site, branch in enumerate(self.branches):
+                x, link, _ = advance(link, site, x, branch, sides)
+        return link.newest, link.older
 
     def inverse(
         self, newer: Tensor, older: Tensor, *sides: Any, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Recover the streams before the first module from those after the last.
 
-        Exact up to one rounding of each subtraction; along a chain the roundings add.
+        Exact on the grid of the last run; with `precision="fast"` up to one rounding of each
+        subtraction, and along a chain the roundings add.
 
         Args:
             newer: Newest stream, [*S].
@@ -135,7 +156,10 @@ class ReversibleSequential(nn.Module):
             dtype: Of the branches' inputs, where it is not that of the streams.
 
         Returns:
-            (newest, older) at the start, both the chain's input.
+            (newest, older) at the start, both the chain's input on its grid.
+
+        Raises:
+            RewireError: The coupling's inverse needs corrections that only backward has.
 
         Source: Re2TAL, arXiv 2211.14053, section 3.
         """
@@ -144,15 +168,25 @@ class ReversibleSequential(nn.Module):
                 f"inverse: the newer stream is {list(newer.shape)}, the older "
                 f"{list(older.shape)}; both must be what `streams` returned."
             )
+        coupling = self.course.coupling
+        if coupling.bits:
+            raise RewireError(
+                f"inverse: {coupling} needs {coupling.bits} bits of correction per element and "
+                "module, which only a backward has. Use re2 here, or backward."
+            )
+        grid = None if self.course.precision == "fast" else self.course.grid.current(newer.dtype)
+        newer, older = newer.detach(), older.detach()
         for branch in reversed(self.branches):
             output = branch(older.to(dtype or older.dtype), sides)
-            newer, older = older, self.course.arithmetic.inverse(newer, older, *output[:2])
+            trunk = None if output.trunk is None else output.trunk.detach()
+            undo = Coupled(coupling, coupling.coefficients(older, branch.training), grid)
+            newer, older = older, undo.inverse(newer, older, output.branch.detach(), trunk)
         return newer, older
 
     def extra_repr(self) -> str:
         """Name and coupling."""
         name = f"chain={self.course.name!r}, " if self.course.name else ""
-        return f"{name}coupling={self.course.coupling!r}"
+        return f"{name}coupling='{self.course.coupling}', precision={self.course.precision!r}"
 
 
 @contextmanager
@@ -171,6 +205,24 @@ def store_activations(model: nn.Module) -> Iterator[None]:
     finally:
         for course, stored in before:
             course.stored = stored
+
+
+@contextmanager
+def kept_grids(model: nn.Module) -> Iterator[None]:
+    """Leave the grids of a model's chains as they are, whatever runs inside."""
+    before = [(course, course.grid) for course in _courses(model)]
+    try:
+        for course, grid in before:
+            course.grid = copy.copy(grid)
+        yield
+    finally:
+        for course, grid in before:
+            course.grid = grid
+
+
+def exact(model: nn.Module) -> bool:
+    """Whether all chains of a model promise gradients bit for bit."""
+    return all(course.precision != "fast" for course in _courses(model))
 
 
 def _courses(model: nn.Module) -> Iterator[Course]:
@@ -197,10 +249,38 @@ def recording(course: Course) -> bool:
 
 
 def open_chain(course: Course, x: Tensor) -> Link:
-    """The link at the start of a chain: both streams are `x`."""
-    stream = _stream(x)
-    tape = Tape(course.drift, course.arithmetic, stream, stream) if recording(course) else None
-    return Link(course, -1, stream, stream, tape, 0, version(x))
+    """The link at the start of a chain: both streams are `x`, rounded to the chain's grid."""
+    if not x.is_floating_point():
+        raise StreamMismatch(f"a stream must be of a floating dtype, not {x.dtype}.")
+    stream, grid = x.to(course.stream_dtype(x.dtype)), None
+    if course.precision == "fast":
+        _warn_of_half(course, x)
+    elif not _transformed():  # nothing is inverted
+        grid = course.grid.open(stream)
+        stream = straight(rounded(stream, grid), (1.0, stream))
+    tape = Tape(course.drift, stream, stream) if recording(course) else None
+    first = stream if course.coupling.merges_input else None
+    return Link(course, -1, stream, stream, tape, 0, version(x), grid=grid, first=first)
+
+
+def _transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is going on."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _warn_of_half(course: Course, x: Tensor) -> None:
+    if course.drift.warned or course.drift.check == "off":
+        return
+    half = x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)
+    if half and recording(course):
+        course.drift.warned = True
+        warnings.warn(
+            f'chain {course.name or "(model)"}: precision="fast" in half precision: one rounding '
+            "that falls otherwise in backward grows along the chain, and gradients can be wrong "
+            'by half their size. precision="exact" costs a few per cent of time and no memory.',
+            drift.DriftWarning,
+            stacklevel=2,
+        )
 
 
 def resume(course: Course, sites: Sequence[int], x: Tensor) -> tuple[int, Link]:
@@ -210,9 +290,22 @@ def resume(course: Course, sites: Sequence[int], x: Tensor) -> tuple[int, Link]:
 
 
 def advance(
-    link: Link, site: int, x: Tensor, branch: Branch, sides: Sequence[Any]
+    link: Link,
+    site: int,
+    x: Tensor,
+    branch: Branch,
+    sides: Sequence[Any],
+    norm: NormBranch | None = None,
 ) -> tuple[Tensor, Link, tuple[Any, ...]]:
     """Run one residual module.
+
+    Args:
+        link: Where the chain stands.
+        site: The module's number in the chain.
+        x: The visible tensor: the newest stream, or T of it, in the model's dtype.
+        branch: The residual branch.
+        sides: Its side inputs.
+        norm: The normalisation on the trunk behind the sum, if any.
 
     Returns:
         The visible result ([*S] in the dtype of `x`: the newest stream, or the merge after the
@@ -220,34 +313,136 @@ def advance(
     """
     course = link.course
     newest, older, relayout = link.streams(x)
-    branch.refresh()
+    if link.site < 0 and link.grid is not None:
+        x = newest.to(x.dtype)  # the branch sees the stream as backward will rebuild it
     tape = _tape_for(link, newest, older)
-    if tape is None:
-        output = branch(x, sides)
-    else:
-        step = Step(
-            branch,
-            Record(branch.name),
-            x.dtype,
-            x.requires_grad,
-            link.tail,
-            relayout,
-            autocast_state(x.device.type),
-        )
-        output = tape.run(step, x, sides)
-    trunk = x if output.trunk is None and link.tail is not None else output.trunk
-    _check_shape(branch.name, output.branch, newest)
-    following = course.arithmetic.forward(newest, older, output.branch, trunk)
-    last = site == len(course.sites) - 1
-    if tape is not None:
-        tape.commit(step, following, newest)
+    following, grid, output = _couple(link, tape, x, (newest, older), relayout, branch, sides)
+    if norm is not None:
+        following, grid = _normalise(course, tape, following, newest, grid, norm)
     course.ran(site, tape)
-    visible = course.arithmetic.merge(following, newest) if last else following
+    last = site == len(course.sites) - 1
+    visible = following
+    if last:
+        first = following if link.first is None else link.first
+        visible = course.coupling.merge(following, newest, first)
     visible = visible.to(torch.promote_types(x.dtype, output.branch.dtype))
+    if last and visible is following:
+        visible = following.clone()  # the user's own; backward needs the stream
     position = 0 if tape is None else len(tape.steps)
     stream = alias(following) if visible is following else following
-    made = Link(course, site, stream, newest, tape, position, version(visible))
+    made = Link(
+        course,
+        site,
+        stream,
+        newest,
+        tape,
+        position,
+        version(visible),
+        grid=grid,
+        first=link.first,
+    )
     return visible, made, output.sideways
+
+
+def _couple(
+    link: Link,
+    tape: Tape | None,
+    x: Tensor,
+    streams: tuple[Tensor, Tensor],
+    relayout: tuple[Layout, Layout] | None,
+    branch: Branch,
+    sides: Sequence[Any],
+) -> tuple[Tensor, OnGrid | None, Output]:
+    """Run a branch and couple the streams: x_{i+1} with its graph, and the grid it is on."""
+    newest, older = streams
+    course, grid = link.course, link.grid
+    undo = Coupled(course.coupling, course.coupling.coefficients(newest, branch.training), grid)
+    step = _step(branch, undo, x, link.tail, relayout)
+    output = _ran(tape, step, x, sides)
+    terms = output.branch, x if output.trunk is None and link.tail is not None else output.trunk
+    _check_shape(branch.name, output.branch, newest)
+    following = undo.forward(newest, older, *terms)
+    if grid is not None:
+        coarser = course.grid.watch(following, grid)
+        if coarser is not None:
+            undo.grid = coarser
+            following = undo.forward(newest, older, *terms)
+        if tape is not None:
+            undo.keep(older)
+        following = undo.attached(following, newest, older, *terms)
+        grid = coarser or grid._replace(behind=False)
+    if tape is not None:
+        tape.commit(step, following, newest)
+    return following, grid, output
+
+
+class NormBranch:
+    """A normalisation on the trunk, as the tape sees it."""
+
+    def __init__(self, branch: Branch) -> None:
+        self.name = f"{branch.name} (normalisation)"
+        self.holdings = branch.holdings
+        self._branch = branch
+
+    @property
+    def training(self) -> bool:
+        """Whether its owner is in train mode."""
+        return self._branch.training
+
+    def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
+        """T(x), and how it ran."""
+        with Watching() as seen:
+            return Output(self._branch(x, sides).branch, None, (seen,))
+
+    def refresh(self) -> None:
+        """Look at its modules again."""
+        self._branch.refresh()
+
+
+def _normalise(
+    course: Course,
+    tape: Tape | None,
+    z: Tensor,
+    older: Tensor,
+    grid: OnGrid | None,
+    norm: NormBranch,
+) -> tuple[Tensor, OnGrid | None]:
+    """T(z) as the newest stream, and the grid it is on."""
+    if grid is None:  # nothing is inverted: a torch.func transform
+        return norm(z, ()).branch, None
+    undo = Normed(grid, None)
+    step = _step(norm, undo, z, None, None)
+    output = _ran(tape, step, z, ())
+    x = undo.forward(output.branch, z)
+    coarser = course.grid.watch(x, grid)
+    if coarser is not None:
+        undo.grid = coarser
+        x = undo.forward(output.branch, z)
+    if tape is not None:
+        undo.affine = output.sideways[0].affine(z)
+        undo.keep(x, z, unfit=coarser is not None)
+    x = straight(x, (1.0, output.branch))
+    if tape is not None:
+        tape.commit(step, x, older)
+    return x, coarser or grid
+
+
+def _step(
+    branch: Branch,
+    undo: Coupled | Normed,
+    x: Tensor,
+    tail: Tail | None,
+    relayout: tuple[Layout, Layout] | None,
+) -> Step:
+    autocast = autocast_state(x.device.type)
+    record = Record(branch.name)
+    return Step(branch, record, undo, x.dtype, x.requires_grad, tail, relayout, autocast)
+
+
+def _ran(tape: Tape | None, step: Step, x: Tensor, sides: Sequence[Any]) -> Output:
+    """Run a step's branch, on the tape if there is one."""
+    step.branch.refresh()
+    return step.branch(x, sides) if tape is None else tape.run(step, x, sides)
 
 
 def _check_shape(name: str, branch: Tensor, stream: Tensor) -> None:
@@ -268,16 +463,7 @@ def follow(link: Link, x: Tensor, call: Callable[[Tensor], Tensor]) -> tuple[Ten
         result = call(x)
     else:
         result = link.tape.follow(tail, x)
-    made = Link(
-        link.course,
-        link.site,
-        link.newest,
-        link.older,
-        link.tape,
-        link.position,
-        version(result),
-        tail,
-    )
+    made = replace(link, version=version(result), tail=tail)
     return result, made
 
 
@@ -317,16 +503,9 @@ def _tape_for(link: Link, newest: Tensor, older: Tensor) -> Tape | None:
         return None
     if link.tape is not None and len(link.tape.steps) == link.position:
         return link.tape
-    tape = Tape(link.course.drift, link.course.arithmetic, newest, older)
+    tape = Tape(link.course.drift, newest, older)
     tape.begins_equal = False
     return tape
-
-
-def _stream(x: Tensor) -> Tensor:
-    """`x` as a stream: at least float32."""
-    if not x.is_floating_point():
-        raise StreamMismatch(f"a stream must be of a floating dtype, not {x.dtype}.")
-    return x.to(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
 
 
 def dense(x: Tensor) -> Tensor:

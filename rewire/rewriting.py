@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewire.coupling import Coupling, coupling_from
 from rewire.errors import NothingToRewire, RewireError
 from rewire.homes import HomeChain, HomeState, original_class, rewired_class
 from rewire.links import Course
-from rewire.planning import inner_homes, modules_by_home, trunk_of
+from rewire.planning import coupled, inner_homes, modules_by_home, trunk_of
 from rewire.planning import plan as make_plan
 from rewire.plans import Chain, Plan
 
@@ -27,6 +28,9 @@ def make_reversible(
     example_inputs: Any = None,
     *,
     plan: Plan | None = None,
+    coupling: str | Coupling | None = None,
+    precision: str | None = None,
+    check: str = "warn",
     trunk: str = "identity",
     include: Sequence[str] | str = (),
     exclude: Sequence[str] | str = (),
@@ -41,8 +45,17 @@ def make_reversible(
         model: Any module. It is left as it is and stays usable. Wrap (DDP, FSDP2,
             `torch.compile`) what is returned, not what goes in.
         example_inputs: As for `rewire.plan`.
-        plan: A plan made before, to be carried out as it is; then the other options have no
-            effect.
+        plan: A plan made before, to be carried out as it is; then only `coupling`, `precision`
+            and `check` have an effect beside it.
+        coupling: The equation of the two streams, an object (`rewire.Consistent(1 / 4)`) or its
+            spelling (`"consistent(1/4)"`); "re2", the paper's, by default. The nearer to the
+            original's function, the more bits of correction are kept: see `rewire.coupling`.
+        precision: "exact" (default): the streams stand on a grid, so that they are rebuilt, and
+            gradients come out, bit for bit as by ordinary autograd of the same forward, under
+            autocast and in half precision too. "float64": exact, with float64 streams.
+            "fast": plain float32 streams, whose rounding adds up along a chain.
+        check: What to do in a backward whose rebuilt streams are not right (a branch that does
+            not repeat itself, something changed since forward): "warn", "raise" or "off".
         trunk: As for `rewire.plan`.
         include: As for `rewire.plan`.
         exclude: As for `rewire.plan`.
@@ -76,12 +89,13 @@ def make_reversible(
         )
     if plan is None:
         plan = make_plan(model, example_inputs, trunk=trunk, include=include, exclude=exclude)
+    plan = coupled(plan, coupling, precision)
     if not plan.chains:
         raise NothingToRewire(_nearest_miss(plan))
     _check(model, plan)
     copies = _copied(model)
     rev = copies[id(model)]
-    _install(rev, plan)
+    _install(rev, plan, coupling, check)
     rev.__dict__["_rewire_plan"] = plan
     return rev
 
@@ -142,10 +156,10 @@ def _check(model: nn.Module, plan: Plan) -> None:
             )
 
 
-def _install(rev: nn.Module, plan: Plan) -> None:
+def _install(rev: nn.Module, plan: Plan, coupling: str | Coupling | None, check: str) -> None:
     """Turn the homes of a copied model into rewired ones."""
     homes = modules_by_home(plan.chains)
-    courses = [Course(chain.name, tuple(r.name for r in chain)) for chain in plan.chains]
+    courses = [_course(chain, coupling, check) for chain in plan.chains]
     trunks = trunk_of(plan.chains)
     for name, residuals in homes.items():
         home = rev.get_submodule(name)
@@ -169,6 +183,18 @@ def _install(rev: nn.Module, plan: Plan) -> None:
         )
         home.__class__ = rewired_class(type(home))
         _register(home, chains)
+
+
+def _course(chain: Chain, coupling: str | Coupling | None, check: str) -> Course:
+    """A chain at run time."""
+    sites = tuple(residual.name for residual in chain)
+    if chain.norms and chain.precision == "fast":
+        raise RewireError(
+            f"chain {chain.name or '(model)'}: {chain.norms} normalisations stand on its trunk, "
+            'and precision="fast" cannot undo them (safe: 0). Use precision="exact".'
+        )
+    found = coupling_from(chain.coupling if coupling is None else coupling)
+    return Course(chain.name, sites, found, chain.precision, check)
 
 
 def _unique(chain: Chain) -> list[Any]:

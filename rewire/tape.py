@@ -5,32 +5,29 @@ While a branch runs, saved-tensor hooks drop what autograd saves and leave a han
 streams back to that branch, runs it once more, catches what it saves, and hands it out.
 The tape holds values only, never a graph, so nothing outlives backward.
 
-States: after n steps the tape holds x_n (newest) and x_{n-1} (older). Step i leads from
-state i to state i + 1: x_{i+1} = x_{i-1} + G_i(x_i).
+States: the tape holds the newest stream and the one before it. A residual module leads from
+(x_i, x_{i-1}) to (x_{i+1}, x_i), a normalisation on the trunk from (z, y) to (T(z), y).
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rewire import drift
-from rewire.coupling import Coupling
 from rewire.errors import NotRepeatable, StreamMismatch
+from rewire.norms import Normed
 from rewire.replay import (
-    AutocastState,
-    Held,
-    Holdings,
     RngStates,
+    changed_flag,
     changed_parameter,
     replayed_autocast,
     replayed_buffers,
+    replayed_flags,
     replayed_generators,
     replayed_parameters,
     replayed_rng,
@@ -39,157 +36,28 @@ from rewire.replay import (
     structural_copy,
     uncached_autocast,
 )
+from rewire.steps import Hooks, Output, Record, Step, Tail, never
 from rewire.structure import tensors_of
 
-Hooks = torch.autograd.graph.saved_tensors_hooks
+_listeners: list[list[tuple[str, bool]]] = []
 
 
-class Output(NamedTuple):
-    """What a branch gives: F, T (None for an identity trunk), and other values that leave it."""
-
-    branch: Tensor
-    trunk: Tensor | None
-    sideways: tuple[Any, ...]
-
-
-class Branch(Protocol):
-    """A residual branch as the tape sees it."""
-
-    name: str
-    holdings: Holdings
-
-    def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
-        """Run on `x`, the newest stream, with the side inputs."""
-
-    def refresh(self) -> None:
-        """Have the holdings look at the modules again."""
-
-
-class Record:
-    """What autograd saved in one run of a function, by number; caught again in a rerun."""
-
-    __slots__ = ("caught", "handed", "metas", "name")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.metas: list[tuple[torch.Size, torch.dtype]] = []
-        self.caught: dict[int, Tensor] = {}
-        self.handed: dict[int, weakref.ref[Tensor]] = {}
-
-    def dropping(self, tape: Tape, key: tuple[str, int]) -> Hooks:
-        """Hooks that drop what is saved and leave handles."""
-        metas = self.metas
-
-        def pack(tensor: Tensor) -> tuple[Tape, tuple[str, int], int]:
-            metas.append((tensor.shape, tensor.dtype))
-            return tape, key, len(metas) - 1
-
-        return Hooks(pack, _unpack)
-
-    def catching(self) -> Hooks:
-        """Hooks that keep what is saved, for `take`."""
-        caught = self.caught
-        caught.clear()
-
-        def pack(tensor: Tensor) -> None:
-            number = len(caught)
-            self._compare(number, tensor)
-            caught[number] = tensor.detach()
-
-        return Hooks(pack, _never)
-
-    def complete(self) -> None:
-        """Raise unless the rerun saved as many tensors as the run."""
-        if len(self.caught) != len(self.metas):
-            raise NotRepeatable(self._changed(f"{len(self.caught)} tensors, not {len(self.metas)}"))
-
-    def take(self, number: int) -> Tensor | None:
-        """Give a caught tensor away; it lives on for as long as its taker holds it."""
-        tensor = self.caught.pop(number, None)
-        if tensor is not None:
-            self.handed[number] = weakref.ref(tensor)
-            return tensor
-        handed = self.handed.get(number)
-        return None if handed is None else handed()
-
-    def _compare(self, number: int, tensor: Tensor) -> None:
-        found = (tensor.shape, tensor.dtype)
-        if number < len(self.metas) and found != self.metas[number]:
-            shape, dtype = self.metas[number]
-            was, now = f"{list(shape)} {dtype}", f"{list(tensor.shape)} {tensor.dtype}"
-            raise NotRepeatable(self._changed(f"{now} as tensor {number}, not {was}"))
-
-    def _changed(self, what: str) -> str:
-        return (
-            f"{self.name}: run again in backward, it saved {what}. A branch must repeat itself: "
-            "leave training flags, requires_grad and parameters alone between forward and "
-            "backward, or keep the module out with `exclude=`."
-        )
-
-
-def _unpack(handle: tuple[Tape, tuple[str, int], int]) -> Tensor:
-    tape, key, number = handle
-    return tape.recall(key, number)
-
-
-def _never(_: None) -> Tensor:
-    raise AssertionError("a rerun's graph is never run backward")
-
-
-@dataclass(slots=True)
-class Tail:
-    """An activation on the trunk, after the sum of the step before."""
-
-    call: Callable[[Tensor], Tensor]
-    record: Record
-    dtype: torch.dtype
-    autocast: AutocastState
-    rng: RngStates | None = None
-
-
-Layout = tuple[torch.Size, tuple[int, ...]]
-
-
-@dataclass(slots=True)
-class Step:
-    """One residual module as it ran, with all that its rerun needs.
-
-    Attributes:
-        dtype: Of the branch's input (the streams are at least float32).
-        relayout: Layouts of the streams before and in this step, where a view stands between.
-    """
-
-    branch: Branch
-    record: Record
-    dtype: torch.dtype
-    requires_grad: bool
-    tail: Tail | None
-    relayout: tuple[Layout, Layout] | None
-    autocast: AutocastState
-    sides: list[Any] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    parameters: list[Held] = field(default_factory=list)
-    rng: RngStates | None = None
-    generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)
-    buffers: list[Any] = field(default_factory=list)
-
-    def enter(self, stream: Tensor) -> Tensor:
-        """A stream as this step sees it."""
-        return stream if self.relayout is None else _laid_out(stream, self.relayout[1])
-
-    def leave(self, stream: Tensor) -> Tensor:
-        """A stream as the step before sees it."""
-        return stream if self.relayout is None else _laid_out(stream, self.relayout[0])
+@contextmanager
+def watch_repeats() -> Iterator[list[tuple[str, bool]]]:
+    """Run each branch a second time at once; collect its name and whether it gave the same bits."""
+    found: list[tuple[str, bool]] = []
+    _listeners.append(found)
+    try:
+        yield found
+    finally:
+        _listeners[:] = [listener for listener in _listeners if listener is not found]
 
 
 class Tape:
     """One run of a chain. See the module's docstring."""
 
-    def __init__(
-        self, chain: drift.Chain, coupling: Coupling, newest: Tensor, older: Tensor
-    ) -> None:
+    def __init__(self, chain: drift.Chain, newest: Tensor, older: Tensor) -> None:
         self.chain = chain
-        self.coupling = coupling
         self.newest, self.older = newest.detach(), older.detach()
         self.begins_equal = newest is older
         self.steps: list[Step] = []
@@ -198,6 +66,7 @@ class Tape:
         self._caught: list[Record] = []
         self._made: list[tuple[str, Tensor, int]] = []  # the streams as forward left them
         self._rng: RngStates | None = None
+        self._output: Tensor | None = None  # of the last branch, while somebody watches repeats
 
     # ---- forward -------------------------------------------------------------------------
 
@@ -208,12 +77,15 @@ class Tape:
         rng = self._current_rng(x.device)
         holdings = step.branch.holdings
         step.parameters = holdings.parameters()
+        step.flags = holdings.flags()
         step.generators = holdings.generators(sides)
         before = holdings.before()
         version = _version(x)
         with uncached_autocast(), step.record.dropping(self, ("step", len(self.steps))):
             output = step.branch(x, sides)
         step.buffers = holdings.after(before)
+        if _listeners:
+            self._output = output.branch.detach().clone()
         if not same_rng_states(rng, self._current_rng(x.device)):
             step.rng = rng
         if _version(x) != version or _versions(step.sides) != step.versions:
@@ -236,7 +108,7 @@ class Tape:
         return result
 
     def commit(self, step: Step, newest: Tensor, older: Tensor) -> None:
-        """Note a step that has run, and the streams after it: x_{i+1} and x_i."""
+        """Note a step that has run, and the streams after it."""
         before = f"the result of {self.steps[-1].branch.name}" if self.steps else "the input"
         after = f"the result of {step.branch.name}"
         self.steps.append(step)
@@ -246,6 +118,19 @@ class Tape:
             for name, stream in ((before, self.older), (after, self.newest))
         ]
         self.at = len(self.steps)
+        if _listeners:
+            self._repeat(step)
+
+    def _repeat(self, step: Step) -> None:
+        """Run a step's branch again at once, and tell whether it gave the same bits."""
+        made, first = self._made, self._output
+        normed = step.undo if isinstance(step.undo, Normed) else None
+        stream = self.older if normed is None else normed.inverse(self.newest)
+        again = self._run(step, stream, catch=False).branch
+        same = first is not None and torch.equal(first.nan_to_num(), again.nan_to_num())
+        for listener in _listeners:
+            listener.append((step.branch.name, same))
+        self._made, self._output = made, None
 
     def _current_rng(self, device: torch.device) -> RngStates:
         """The generators' states, one object while nothing is drawn (5 KB each)."""
@@ -301,14 +186,26 @@ class Tape:
     def _back(self, *, catch: bool) -> None:
         """From state i + 1 to state i."""
         step = self.steps[self.at - 1]
-        newer, newest = self.newest, self.older
-        output = self._run(step, newest, catch=catch)
-        out = newer if _is_alone(newer) else None
-        older = self.coupling.inverse(newer, newest, output.branch, output.trunk, out=out)
+        if isinstance(step.undo, Normed):
+            newest, older = step.undo.inverse(self.newest), self.older
+            if catch:
+                self._run(step, newest, catch=True)
+        else:
+            newer, newest = self.newest, self.older
+            output = self._run(step, newest, catch=catch)
+            older = step.undo.inverse(
+                newer,
+                newest,
+                output.branch,
+                output.trunk,
+                own_newer=_is_alone(newer),
+                own_branch=_is_alone(output.branch) and _is_plain(output.branch),
+            )
         self.newest, self.older = step.leave(newest), step.leave(older)
         self.at -= 1
         if self.at == 0 and self.begins_equal:
-            drift.compare(self.chain, self.newest, self.older, self._coarsest())
+            exact = step.undo.grid is not None
+            drift.compare(self.chain, self.newest, self.older, self._coarsest(), exact=exact)
 
     def _coarsest(self) -> torch.dtype:
         """The dtype of lowest precision that a branch ran in."""
@@ -321,8 +218,11 @@ class Tape:
         step = self.steps[self.at]
         newest, older = step.enter(self.newest), step.enter(self.older)
         output = self._run(step, newest, catch=False)
-        following = self.coupling.forward(newest, older, output.branch, output.trunk)
-        self.newest, self.older = following, newest
+        if isinstance(step.undo, Normed):
+            self.newest, self.older = step.undo.forward(output.branch, newest), older
+        else:
+            following = step.undo.forward(newest, older, output.branch, output.trunk)
+            self.newest, self.older = following, newest
         self.at += 1
 
     def _run(self, step: Step, newest: Tensor, *, catch: bool) -> Output:
@@ -340,8 +240,9 @@ class Tape:
             stack.enter_context(replayed_generators(step.generators))
             stack.enter_context(replayed_buffers(step.buffers))
             stack.enter_context(replayed_parameters(step.parameters))
+            stack.enter_context(replayed_flags(step.flags))
             x, trunk = self._input(step, newest, catch=catch)
-            with self._catch(step.record) if catch else Hooks(_drop, _never):
+            with self._catch(step.record) if catch else Hooks(_drop, never):
                 output = step.branch(x, sides)
             if catch:
                 step.record.complete()
@@ -368,6 +269,12 @@ class Tape:
                 f"{step.branch.name}: its parameter {parameter!r} was changed in place after "
                 "forward. Step the optimizer after backward."
             )
+        flag = changed_flag(step.flags)
+        if flag is not None:
+            self.chain.report(
+                f"{step.branch.name}: {flag} in forward and is not now. Backward ran it again as "
+                "in forward; call train() and eval() after backward."
+            )
 
     def _input(self, step: Step, newest: Tensor, *, catch: bool) -> tuple[Tensor, Tensor | None]:
         """The branch's input from the stream x_i, and T(x_i) where an activation precedes."""
@@ -375,7 +282,7 @@ class Tape:
         if step.tail is None:
             return step.enter(x), None
         catch = catch and step.tail in self.tails.values()
-        hooks = self._catch(step.tail.record) if catch else Hooks(_drop, _never)
+        hooks = self._catch(step.tail.record) if catch else Hooks(_drop, never)
         with replayed_rng(step.tail.rng), hooks:
             x = step.enter(step.tail.call(x))
         return x, x
@@ -401,8 +308,9 @@ def _is_alone(stream: Tensor) -> bool:
     return torch._C._storage_Use_Count(storage._cdata) <= 2
 
 
-def _laid_out(stream: Tensor, layout: Layout) -> Tensor:
-    return stream.as_strided(*layout, stream.storage_offset())
+def _is_plain(branch: Tensor) -> bool:
+    """Whether every element of a branch has memory of its own (an expanded one has not)."""
+    return branch.nbytes <= branch.untyped_storage().nbytes()
 
 
 def _drop(_: Tensor) -> None:

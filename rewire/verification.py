@@ -28,7 +28,8 @@ from rewire.inputs import Example, example_for
 from rewire.isolation import isolated, training_mode
 from rewire.profiling import floating_tensors, profile, saved_inside
 from rewire.replay import RngStates, all_rng_states
-from rewire.reversible import ReversibleSequential, store_activations
+from rewire.reversible import ReversibleSequential, exact, kept_grids, store_activations
+from rewire.tape import watch_repeats
 
 # Largest relative error of a gradient. In float64 rounding reaches 1e-13 in the deepest
 # nets, in float32 1e-5 in transformers of 96 modules and 1e-3 in rare ReLU nets; a planted
@@ -138,6 +139,7 @@ def verify(
         checks = [
             *_evaluation_checks(model, example),
             *_training_checks(model, example),
+            _repeat_check(model, example),
             _other_batch_check(model, example, original),
             *_memory_checks(rev, given, original),
             *_sharing_checks(rev, original),
@@ -163,6 +165,8 @@ def _evaluation_checks(model: nn.Module, example: Example) -> Iterator[Check]:
 def _training_checks(model: nn.Module, example: Example) -> Iterator[Check]:
     run, twin = _pair(model, example, training=True)
     limit = _gradient_limit(model)
+    if _bits_promised(model):
+        yield _bits_check("gradients bit for bit", run, twin)
     yield _gradient_check("randomness replayed", run.parameters, twin.parameters, limit)
     states = run.generators
     moved = sum(not torch.equal(state, states[index]) for index, state in twin.generators.items())
@@ -171,6 +175,44 @@ def _training_checks(model: nn.Module, example: Example) -> Iterator[Check]:
     changed = [name for name, b in theirs.items() if not torch.equal(ours[name], b)]
     detail = f"first {changed[0]}" if changed else f"of {len(twin.buffers)}"
     yield Check("statistics once", len(changed), 0, "buffers", detail)
+
+
+def _repeat_check(model: nn.Module, example: Example) -> Check:
+    """Each branch runs twice on the same input: a reversible one must give the same bits."""
+    with ExitStack() as stack:
+        stack.enter_context(isolated(model))
+        stack.enter_context(kept_grids(model))
+        stack.enter_context(training_mode(model, True))
+        found = stack.enter_context(watch_repeats())
+        stack.enter_context(torch.enable_grad())
+        fresh, _ = _fresh(example)
+        model(*fresh.args, **fresh.kwargs)
+    other = [name for name, same in found if not same]
+    detail = f"first {other[0]}" if other else f"of {len(found)}"
+    return Check("branches repeat", len(other), 0, "branches", detail)
+
+
+def _bits_promised(model: nn.Module) -> bool:
+    """Whether gradients must be those of the twin bit for bit: where kernels repeat themselves."""
+    on_host = all(p.device.type == "cpu" for p in model.parameters())
+    return exact(model) and (on_host or torch.are_deterministic_algorithms_enabled())
+
+
+def _bits_check(name: str, run: _Run, twin: _Run) -> Check:
+    pairs = [
+        (key, getattr(run, part).get(key), b)
+        for part in ("inputs", "parameters")
+        for key, b in getattr(twin, part).items()
+    ]
+    other = [key for key, a, b in pairs if not _same_bits(a, b)]
+    detail = f"first {other[0]}" if other else f"of {len(pairs)}"
+    return Check(name, len(other), 0, "tensors", detail)
+
+
+def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _other_batch_check(model: nn.Module, example: Example, original: nn.Module) -> Check:
@@ -239,6 +281,7 @@ def _run(model: nn.Module, example: Example, training: bool, stored: bool) -> _R
     """
     with ExitStack() as stack:
         stack.enter_context(isolated(model))
+        stack.enter_context(kept_grids(model))
         stack.enter_context(training_mode(model, training))
         seen = stack.enter_context(watch_reconstruction())
         if stored:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire import tape
-from rewire.coupling import Re2
+from rewire.arithmetic import Coupled
 from rewire.replay import set_rng_states
 
 Fault = Callable[[nn.Module], AbstractContextManager[Any]]
@@ -24,11 +24,11 @@ def flipped_inverse_sign(_: nn.Module) -> AbstractContextManager[Any]:
     """The inverse adds the branch instead of subtracting it."""
 
     def inverse(
-        self: Re2, newer: Tensor, newest: Tensor, branch: Tensor, *_: Any, **__: Any
+        self: Coupled, newer: Tensor, newest: Tensor, branch: Tensor, *_: Any, **__: Any
     ) -> Tensor:
         return newer + branch
 
-    return patch.object(Re2, "inverse", inverse)
+    return patch.object(Coupled, "inverse", inverse)
 
 
 def dropped_gradient(_: nn.Module) -> AbstractContextManager[Any]:
@@ -110,6 +110,17 @@ def inexact_forward(_: nn.Module) -> AbstractContextManager[Any]:
     return patch.object(tape.Tape, "run", scaled)
 
 
+def rounded_otherwise(_: nn.Module) -> AbstractContextManager[Any]:
+    """The inverse is off by a rounding."""
+    inverse = Coupled.inverse
+
+    def nearly(self: Coupled, *args: Any, **kwargs: Any) -> Tensor:
+        older = inverse(self, *args, **kwargs)
+        return torch.nextafter(older, torch.full_like(older, torch.inf))
+
+    return patch.object(Coupled, "inverse", nearly)
+
+
 @contextmanager
 def leaked_tape(_: nn.Module) -> Iterator[None]:
     """Somebody holds on to the tapes, and so to the streams."""
@@ -142,6 +153,27 @@ def hoarded_tensors(_: nn.Module) -> Iterator[None]:
         yield
 
 
+_HIDDEN = torch.Generator()
+
+
+class Noise(nn.Module):
+    """Draws from a generator that nobody knows of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + torch.rand((), generator=_HIDDEN).to(x))
+
+
+@contextmanager
+def unrepeatable_branch(rev: nn.Module) -> Iterator[None]:
+    """A branch gives something else when it runs again."""
+    block = rev.get_submodule("blocks.1")
+    before, block.drop = block.drop, Noise()
+    try:
+        yield
+    finally:
+        block.drop = before
+
+
 def burned_in_batch(rev: nn.Module) -> AbstractContextManager[Any]:
     """The rewired chains take the batch they saw first, and no other."""
     run = tape.Tape.run
@@ -169,5 +201,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "inexact forward": (inexact_forward, "outputs"),
     "leaked tape": (leaked_tape, "bytes left"),
     "hoarded tensors": (hoarded_tensors, "peak memory"),
+    "unrepeatable branch": (unrepeatable_branch, "branches repeat"),
+    "rounded otherwise": (rounded_otherwise, "gradients bit for bit"),
     "burned-in batch": (burned_in_batch, "other batch size"),
 }

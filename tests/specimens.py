@@ -180,6 +180,62 @@ class PostNorm(nn.Module):
         return self.norm(x + self.body(x))
 
 
+class PostBatchNorm(nn.Module):
+    """relu(norm(x + F(x))): an activation behind the normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.body = nn.BatchNorm2d(DIM), nn.Conv2d(DIM, DIM, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.norm(x + self.body(x)))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Over the channels of pictures, by permuting them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PostChannelNorm(PostBatchNorm):
+    """norm(x + F(x)) where the normalisation turns the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(DIM)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.body(x))
+
+
+class PostGroupNorm(PostChannelNorm):
+    """norm(x + F(x)) with groups of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2, DIM)  # type: ignore[assignment]
+
+
+class PostRmsNorm(PostNorm):
+    """norm(x + F(x)) without a mean, called as a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x + self.body(x), (DIM,), self.norm.weight)
+
+
+class GatedNorm(nn.Module):
+    """Something else reads the sum than its normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.body = nn.LayerNorm(DIM), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.body(x)
+        return self.norm(y) * torch.sigmoid(y)
+
+
 class Bottleneck(nn.Module):
     """relu(x + F(x)) with BatchNorm and everything in place, as in ResNets."""
 
@@ -326,7 +382,12 @@ SPECIMENS = {
     "tuples and masks": Specimen(TupleNet, rows, (4,), random=True),
     "parallel": Specimen(lambda: Loop(Parallel), rows, (3,)),
     "handed skip": Specimen(lambda: Loop(HandedSkip), rows, (3,)),
-    "post-norm": Specimen(lambda: Loop(PostNorm), rows, (), ("post-norm",)),
+    "post-norm": Specimen(lambda: Loop(PostNorm), rows, (3,)),
+    "post-norm, BatchNorm": Specimen(lambda: Loop(PostBatchNorm, 4), image, (4,)),
+    "post-norm, permuting": Specimen(lambda: Loop(PostChannelNorm, 4), image, (4,)),
+    "post-norm, groups": Specimen(lambda: Loop(PostGroupNorm, 4), image, (4,)),
+    "post-norm, function": Specimen(lambda: Loop(PostRmsNorm), rows, (3,)),
+    "gated norm": Specimen(lambda: Loop(GatedNorm), rows, (), ("too short",)),
     "bottlenecks": Specimen(lambda: Loop(Bottleneck, 4), image, (4,)),
     "pre-activation": Specimen(lambda: Loop(PreActivation, 4), rows, (4,)),
     "in-place start": Specimen(lambda: Loop(InPlaceStart), rows, (3,)),
@@ -335,6 +396,14 @@ SPECIMENS = {
     "dropout": Specimen(lambda: Loop(Dropped), rows, (3,), random=True),
     "shared": Specimen(Shared, rows, (3,), random=True),
     "hidden states": Specimen(Hidden, rows, (3,), random=True),
+    "encoder, post-norm": Specimen(
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(DIM, 2, 2 * DIM, batch_first=True), 2
+        ),
+        rows,
+        (4,),
+        random=True,
+    ),
     "encoder": Specimen(
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(DIM, 2, 2 * DIM, batch_first=True, norm_first=True),

@@ -213,10 +213,19 @@ def test_branches_may_change_between_steps(change: str) -> None:
 
 @pytest.mark.parametrize("branch", [dropping, normed])
 def test_changed_training_flags(branch: Callable[[], nn.Module]) -> None:
+    """It is told, and the rerun is in forward's modes: the gradients are right all the same."""
     net, x = chain(3, branch), rows(6)
+    torch.manual_seed(7)
+    expected = torch.autograd.grad(net(x).sum(), x)[0]
+    torch.manual_seed(7)
     loss = net(x).sum()
     net.eval()
-    with pytest.raises(rewire.NotRepeatable, match="run again in backward"):
+    with pytest.warns(drift.DriftWarning, match="was in train mode in forward"):
+        found = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    assert torch.equal(found, expected)
+    assert not any(module.training for module in net.modules())
+    net.course.drift.check = "raise"
+    with pytest.raises(rewire.NotRepeatable, match="call train"):
         loss.backward()
 
 
@@ -257,6 +266,15 @@ def test_changed_side_input(nested: bool) -> None:
 
 def test_changed_input() -> None:
     net, x = chain(1), rows()
+    expected = torch.autograd.grad(net(x * 1).sum(), x)[0]
+    given = x * 1
+    loss = net(given).sum()
+    given.zero_()
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
+
+
+def test_changed_input_of_plain_floats() -> None:
+    net, x = ReversibleSequential([mlp()], precision="fast"), rows()
     given = x * 1
     loss = net(given).sum()
     given.zero_()

@@ -1,0 +1,174 @@
+"""What ran in a chain, step by step, with all that running it again needs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rewire.arithmetic import Coupled
+from rewire.errors import NotRepeatable
+from rewire.norms import Normed
+from rewire.replay import AutocastState, Flags, Held, Holdings, RngStates
+
+Hooks = torch.autograd.graph.saved_tensors_hooks
+
+
+class Output(NamedTuple):
+    """What a branch gives: F, T (None for an identity trunk), and other values that leave it."""
+
+    branch: Tensor
+    trunk: Tensor | None
+    sideways: tuple[Any, ...]
+
+
+class Branch(Protocol):
+    """A residual branch as the tape sees it."""
+
+    name: str
+    holdings: Holdings
+
+    @property
+    def training(self) -> bool:
+        """Whether its owner is in train mode."""
+
+    def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
+        """Run on `x`, the newest stream, with the side inputs."""
+
+    def refresh(self) -> None:
+        """Have the holdings look at the modules again."""
+
+
+class Recalling(Protocol):
+    """A tape, as handles see it."""
+
+    def recall(self, key: tuple[str, int], number: int) -> Tensor:
+        """The tensor that a handle stands for."""
+
+
+class Record:
+    """What autograd saved in one run of a function, by number; caught again in a rerun."""
+
+    __slots__ = ("caught", "handed", "metas", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.metas: list[tuple[torch.Size, torch.dtype]] = []
+        self.caught: dict[int, Tensor] = {}
+        self.handed: dict[int, weakref.ref[Tensor]] = {}
+
+    def dropping(self, tape: Recalling, key: tuple[str, int]) -> Hooks:
+        """Hooks that drop what is saved and leave handles."""
+        metas = self.metas
+
+        def pack(tensor: Tensor) -> tuple[Recalling, tuple[str, int], int]:
+            metas.append((tensor.shape, tensor.dtype))
+            return tape, key, len(metas) - 1
+
+        return Hooks(pack, _unpack)
+
+    def catching(self) -> Hooks:
+        """Hooks that keep what is saved, for `take`."""
+        caught = self.caught
+        caught.clear()
+
+        def pack(tensor: Tensor) -> None:
+            number = len(caught)
+            self._compare(number, tensor)
+            caught[number] = tensor.detach()
+
+        return Hooks(pack, never)
+
+    def complete(self) -> None:
+        """Raise unless the rerun saved as many tensors as the run."""
+        if len(self.caught) != len(self.metas):
+            raise NotRepeatable(self._changed(f"{len(self.caught)} tensors, not {len(self.metas)}"))
+
+    def take(self, number: int) -> Tensor | None:
+        """Give a caught tensor away; it lives on for as long as its taker holds it."""
+        tensor = self.caught.pop(number, None)
+        if tensor is not None:
+            self.handed[number] = weakref.ref(tensor)
+            return tensor
+        handed = self.handed.get(number)
+        return None if handed is None else handed()
+
+    def _compare(self, number: int, tensor: Tensor) -> None:
+        found = (tensor.shape, tensor.dtype)
+        if number < len(self.metas) and found != self.metas[number]:
+            shape, dtype = self.metas[number]
+            was, now = f"{list(shape)} {dtype}", f"{list(tensor.shape)} {tensor.dtype}"
+            raise NotRepeatable(self._changed(f"{now} as tensor {number}, not {was}"))
+
+    def _changed(self, what: str) -> str:
+        return (
+            f"{self.name}: run again in backward, it saved {what}. A branch must repeat itself: "
+            "leave training flags, requires_grad and parameters alone between forward and "
+            "backward, or keep the module out with `exclude=`."
+        )
+
+
+def _unpack(handle: tuple[Recalling, tuple[str, int], int]) -> Tensor:
+    tape, key, number = handle
+    return tape.recall(key, number)
+
+
+def never(_: None) -> Tensor:
+    raise AssertionError("a rerun's graph is never run backward")
+
+
+@dataclass(slots=True)
+class Tail:
+    """An activation on the trunk, after the sum of the step before."""
+
+    call: Callable[[Tensor], Tensor]
+    record: Record
+    dtype: torch.dtype
+    autocast: AutocastState
+    rng: RngStates | None = None
+
+
+Layout = tuple[torch.Size, tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class Step:
+    """One residual module, or normalisation on the trunk, as it ran.
+
+    Attributes:
+        undo: Its arithmetic.
+        dtype: Of the branch's input (the streams are at least float32).
+        relayout: Layouts of the streams before and in this step, where a view stands between.
+    """
+
+    branch: Branch
+    record: Record
+    undo: Coupled | Normed
+    dtype: torch.dtype
+    requires_grad: bool
+    tail: Tail | None
+    relayout: tuple[Layout, Layout] | None
+    autocast: AutocastState
+    sides: list[Any] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    parameters: list[Held] = field(default_factory=list)
+    rng: RngStates | None = None
+    generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)
+    buffers: list[Any] = field(default_factory=list)
+    flags: Flags = ()
+
+    def enter(self, stream: Tensor) -> Tensor:
+        """A stream as this step sees it."""
+        return stream if self.relayout is None else _laid_out(stream, self.relayout[1])
+
+    def leave(self, stream: Tensor) -> Tensor:
+        """A stream as the step before sees it."""
+        return stream if self.relayout is None else _laid_out(stream, self.relayout[0])
+
+
+def _laid_out(stream: Tensor, layout: Layout) -> Tensor:
+    return stream.as_strided(*layout, stream.storage_offset())

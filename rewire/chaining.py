@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -37,8 +37,17 @@ def draft_chains(
     found: Sequence[Found],
     keep: Callable[[Residual], Skipped | None],
     trunk: str,
+    apart: Collection[str] | None,
 ) -> tuple[list[Chain], list[Skipped]]:
-    """Chains of the residual adds that `keep` has nothing against, and the adds left alone."""
+    """Chains of the residual adds that `keep` has nothing against, and the adds left alone.
+
+    Args:
+        watched: The run.
+        found: Its residual adds.
+        keep: Why a residual module is left alone, or None.
+        trunk: As for `rewire.plan`.
+        apart: Blocks that cannot be one residual module as a whole; None: none shall be.
+    """
     skipped: list[Skipped] = []
     drafts: dict[int, Draft] = {}
     for draft in name_residuals(watched, found):
@@ -53,7 +62,7 @@ def draft_chains(
     plan = []
     for chain in chains:
         if len(chain) > 1:
-            plan.append(_finished(watched, chain, trunk))
+            plan.append(_finished(watched, chain, trunk, apart))
         else:
             skipped.append(_too_short(chain[0]))
     return _uniquely_named(plan), list(dict.fromkeys(skipped))
@@ -360,12 +369,16 @@ def _nesting(chains: list[list[Draft]], skipped: list[Skipped]) -> list[list[Dra
     return [chain for chain in chains if id(chain) not in dropped]
 
 
-def _finished(watched: Watched, drafts: list[Draft], trunk: str) -> Chain:
+def _finished(
+    watched: Watched, drafts: list[Draft], trunk: str, apart: Collection[str] | None
+) -> Chain:
     if drafts[-2].residual.norm:
         _last_norm(watched, drafts[-1])
-    modules = _unified([draft.residual for draft in drafts])
+    each = [[draft] for draft in drafts]
+    groups = each if apart is None else _blocks(watched, drafts, apart)
+    modules = _unified([_as_one(watched, group) for group in groups])
     taps = []
-    for draft, following in itertools.pairwise(drafts):
+    for draft, following in ((a[-1], b[0]) for a, b in itertools.pairwise(groups)):
         own = {*following.found.branch, *following.found.adds, *following.found.trunk}
         values = {draft.found.add, *following.found.trunk}
         users = {user for value in values for user in watched.graph.successors(value)}
@@ -379,6 +392,66 @@ def _finished(watched: Watched, drafts: list[Draft], trunk: str) -> Chain:
         shape=shape,
         trunk="inside" if inside else "identity",
         taps=tuple(dict.fromkeys(taps)),
+    )
+
+
+def _blocks(watched: Watched, drafts: list[Draft], apart: Collection[str]) -> list[list[Draft]]:
+    """Modules of one block together, e.g. attention and MLP; else each by itself.
+
+    A block is the module call, as far up as can be, that holds each of its residual modules
+    once. One that runs the same code again is a stack of blocks.
+    """
+    paths = [watched.calls[draft.found.home].path for draft in drafts]
+    depth = len(common_prefix(paths))
+    while depth < max(map(len, paths)):
+        parts = [path[depth] if len(path) > depth else None for path in paths]
+        pairs = zip(drafts, parts, strict=True)
+        groups = [list(group) for _, group in itertools.groupby(pairs, key=lambda pair: pair[1])]
+        wheres = [[draft.residual.where for draft, _ in group] for group in groups]
+        if len(groups) > 1 and all(len(set(lines)) == len(lines) for lines in wheres):
+            return [
+                part
+                for group in groups
+                for part in _together([draft for draft, _ in group], group[0][1], watched, apart)
+            ]
+        depth += 1
+    return [[draft] for draft in drafts]
+
+
+def _together(
+    drafts: list[Draft], call: int | None, watched: Watched, apart: Collection[str]
+) -> list[list[Draft]]:
+    if call is None or len(drafts) == 1 or watched.calls[call].name in apart:
+        return [[draft] for draft in drafts]
+    return [drafts]
+
+
+def _as_one(watched: Watched, drafts: list[Draft]) -> Residual:
+    """The residual modules of a block as one: from the first skip to the last sum."""
+    first, last = drafts[0], drafts[-1]
+    if len(drafts) == 1:
+        return first.residual
+    home = common_prefix([watched.calls[draft.found.home].path for draft in drafts])[-1]
+    depth = len(watched.calls[home].path)
+    inlined = tuple(watched.path(last.found.add)[depth:])
+    ranks = _ranks(watched, home, inlined)
+    name = watched.calls[home].name
+    below = [watched.path(node)[depth:] for d in drafts for node in sorted(d.found.branch)]
+    children = (path[0] for path in below if path and path[0] not in inlined)
+    branch = (_relative(watched.calls[child].name, name) for child in children)
+    return replace(
+        last.residual,
+        name=name or "(model)",
+        home=name,
+        add=ranks[last.found.add],
+        skip=(),
+        inlined=tuple(_relative(watched.calls[c].name, name) for c in inlined),
+        adds=len(ranks),
+        trunk=first.residual.trunk,
+        entry="fork" if first.residual.entry == "fork" else "outside",
+        head=False,
+        block=True,
+        branch=tuple(dict.fromkeys(branch)),
     )
 
 

@@ -68,8 +68,13 @@ class Piece:
         self.trace = trace
         self.residual = residual
         self.sum = trace.adds[residual.add]
-        self.skip, self.adds, self.terms = self._take_sum()
-        self.entry = self._find_entry({piece.sum for piece in before})
+        if residual.block:
+            self.entry, self.sum = self._find_block()
+            self.skip, self.terms = self.entry, [self.sum]
+            self.adds: list[fx.Node] = []
+        else:
+            self.skip, self.adds, self.terms = self._take_sum()
+            self.entry = self._find_entry({piece.sum for piece in before})
         self.region = self._find_region()
         self._check(before, homes)
         self._check_entry(before, homes)
@@ -103,6 +108,22 @@ class Piece:
                 break
             node = same_value(self.trace, only_operand(self.trace, node))
         return node
+
+    def _find_block(self) -> tuple[fx.Node, fx.Node]:
+        """The argument that a block takes the newest stream from, and its sum in that shape."""
+        hints, behind = self.trace.hints, ancestors([self.sum])
+        size = hints[self.sum].numel()
+        tensors = [n for n in self.trace.inputs if isinstance(hints[n], torch.Tensor)]
+        entry = next((n for n in tensors if n in behind and hints[n].numel() == size), None)
+        if entry is None:
+            raise CannotTrace(f"{self.residual.name} takes no argument of the size of its sum")
+        end = self.sum
+        while hints[end].shape != hints[entry].shape:
+            users = list(end.users)
+            if len(users) != 1 or not is_whole_view(self.trace, users[0]):
+                raise CannotTrace(f"the sum of {self.residual.name} is not of its input's shape")
+            end = users[0]
+        return entry, end
 
     def _find_region(self) -> set[fx.Node]:
         ahead = {self.entry}
@@ -186,6 +207,7 @@ class Piece:
         inside = self.region | set(self.adds)
         leaving = {n for n in self.region if any(user not in inside for user in n.users)}
         leaving |= {n for n in self.trace.outputs if isinstance(n, fx.Node)} & self.region
+        leaving.discard(self.sum)
         return [node for node in self.trace.graph.nodes if node in leaving]
 
     # ---- code ----------------------------------------------------------------------------
@@ -193,26 +215,34 @@ class Piece:
     def branch_code(self) -> BranchCode:
         """The branch as a function of (home, x, *sides)."""
         graph = fx.Graph()
-        copies = {self.entry: graph.placeholder("x")}
+        x = graph.placeholder("x")
+        copies = {self.entry: x}
         for number, node in enumerate(self.sides()):
             copies[node] = graph.placeholder(f"side_{number}")
         if self._changes_entry():
-            copies[self.entry] = graph.call_function(torch.clone, (copies[self.entry],))
+            copies[self.entry] = graph.call_function(torch.clone, (x,))
         for node in self._read_outside():
             if node.op == "get_attr":  # read where it is used: FSDP swaps parameters
                 copies[node] = graph.node_copy(node)
         for node in self.trace.graph.nodes:
             if node in self.region:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
+        branch = self._sum_code(graph, copies, x)
+        trunk = copies[self.skip] if self.residual.head else None
+        graph.output((branch, trunk, tuple(copies[node] for node in self.sideways())))
+        return _as_code(self.residual.name, graph)
+
+    def _sum_code(self, graph: fx.Graph, copies: dict[fx.Node, fx.Node], x: fx.Node) -> fx.Node:
+        """F: the sum of all terms but the skip; of a block, the whole sum less its input."""
         branch = functools.reduce(
             lambda a, b: graph.call_function(torch.add, (a, b)),
             [copies[term] for term in reversed(self.terms)],
         )
+        if self.residual.block:
+            branch = graph.call_function(torch.sub, (branch, x))
         if self.tail_inside:
             branch = _copy_tail(self.trace, graph, self.tail, branch, fresh=True)
-        trunk = copies[self.skip] if self.residual.head else None
-        graph.output((branch, trunk, tuple(copies[node] for node in self.sideways())))
-        return _as_code(self.residual.name, graph)
+        return branch
 
     def _changes_entry(self) -> bool:
         """Whether the branch writes into the storage of the stream it is given."""

@@ -16,6 +16,7 @@ from rewire.errors import CannotTrace, RewireError
 from rewire.extraction import Program, extract
 from rewire.inputs import as_example, example_for
 from rewire.isolation import training_mode
+from rewire.links import PRECISIONS
 from rewire.plans import Chain, Plan, Residual, Skipped
 from rewire.replay import uncached_autocast
 from rewire.residuals import Found, find_residuals
@@ -23,6 +24,7 @@ from rewire.tracing import trace_home
 from rewire.watching import Watched, watch
 
 TRUNKS = ("identity", "inside")
+GRANULARITIES = ("module", "block")
 
 
 def plan(
@@ -31,6 +33,7 @@ def plan(
     *,
     coupling: str | Coupling = "re2",
     precision: str = "exact",
+    granularity: str = "module",
     trunk: str = "identity",
     include: Sequence[str] | str = (),
     exclude: Sequence[str] | str = (),
@@ -48,6 +51,8 @@ def plan(
             Nothing of it (batch, size, dtype, device) is burned in.
         coupling: As for `rewire.make_reversible`.
         precision: As for `rewire.make_reversible`.
+        granularity: "module": attention and MLP are two residual modules. "block": a whole block
+            is one, F(x) = block(x) - x: nearer to the original, with larger branches.
         trunk: What happens to an activation after an add: "identity" keeps the function of each
             module exactly, "inside" moves it into the branch (Re2TAL's form for ResNets).
         include: Globs of qualified names of residual modules or modules above them; others are
@@ -62,14 +67,20 @@ def plan(
         >>> [len(chain) for chain in rewire.plan(torchvision.models.resnet50()).chains]
         [2, 3, 5, 2]
     """
-    if trunk not in TRUNKS:
-        raise ValueError(f"trunk={trunk!r}; choose one of {', '.join(map(repr, TRUNKS))}.")
+    for what, given, known in (
+        ("trunk", trunk, TRUNKS),
+        ("granularity", granularity, GRANULARITIES),
+        ("precision", precision, PRECISIONS),
+    ):
+        if given not in known:
+            raise ValueError(f"{what}={given!r}; choose one of {', '.join(map(repr, known))}.")
     example = example_for(model) if example_inputs is None else as_example(example_inputs)
     include, exclude = _globs(include), _globs(exclude)
     with uncached_autocast():
         watched = watch(model, example.args, example.kwargs)
     found, skipped = find_residuals(watched)
     refused: dict[str, str] = {}
+    apart: set[str] = set()  # blocks that cannot be one residual module
 
     def keep(residual: Residual) -> Skipped | None:
         out = matches(residual.name, exclude) or matches(residual.home, exclude)
@@ -83,11 +94,15 @@ def plan(
 
     _check_globs(watched, found, (*include, *exclude))
     while True:
-        chains, left = draft_chains(watched, found, keep, trunk)
+        chains, left = draft_chains(
+            watched, found, keep, trunk, apart if granularity == "block" else None
+        )
         failures = _failures(model, watched, chains)
         if not failures:
             break
-        refused.update(failures)
+        whole = {r.home for chain in chains for r in chain if r.block}
+        apart |= failures.keys() & whole
+        refused.update((home, why) for home, why in failures.items() if home not in whole)
     plan = Plan(
         model=type(model).__qualname__,
         chains=chains,

@@ -32,6 +32,7 @@ class Residual:
         tail: An activation follows the sum before its home returns.
         leads: The sum is the skip of a module outside the home.
         norm: A normalisation stands on the sum (post-norm): x_{i+1} = T(sum).
+        block: A whole block as one residual module, F(x) = sum - x; `add` is its last add.
         branch: Names, relative to the home, of the modules the branch calls.
     """
 
@@ -48,6 +49,7 @@ class Residual:
     tail: bool = False
     leads: bool = False
     norm: bool = False
+    block: bool = False
     branch: tuple[str, ...] = ()
 
 

@@ -31,6 +31,7 @@ def make_reversible(
     coupling: str | Coupling | None = None,
     precision: str | None = None,
     check: str = "warn",
+    granularity: str = "module",
     trunk: str = "identity",
     include: Sequence[str] | str = (),
     exclude: Sequence[str] | str = (),
@@ -56,6 +57,7 @@ def make_reversible(
             "fast": plain float32 streams, whose rounding adds up along a chain.
         check: What to do in a backward whose rebuilt streams are not right (a branch that does
             not repeat itself, something changed since forward): "warn", "raise" or "off".
+        granularity: As for `rewire.plan`.
         trunk: As for `rewire.plan`.
         include: As for `rewire.plan`.
         exclude: As for `rewire.plan`.
@@ -88,7 +90,14 @@ def make_reversible(
             "`rewire.rewriting.restored` gives back."
         )
     if plan is None:
-        plan = make_plan(model, example_inputs, trunk=trunk, include=include, exclude=exclude)
+        plan = make_plan(
+            model,
+            example_inputs,
+            granularity=granularity,
+            trunk=trunk,
+            include=include,
+            exclude=exclude,
+        )
     plan = coupled(plan, coupling, precision)
     if not plan.chains:
         raise NothingToRewire(_nearest_miss(plan))

@@ -239,20 +239,29 @@ def _obstacle(
 
 
 def _norm_on(watched: Watched, found: Found, following: Sequence[int]) -> list[int]:
-    """The operations of the normalisation that a home calls on its sum, first of `following`.
+    """The operations up to the normalisation that a home calls on its sum, first of `following`.
 
-    One call of a child that normalises and does nothing else but views and casts, or the
-    operation itself in the home's own code. Only it reads the sum.
+    Views of the sum, then one call of a child that normalises and does nothing else but views
+    and casts, or the operation itself in the home's own code. Nothing else reads the sum.
     """
-    if not following or found.home not in watched.path(following[0]):
-        return []
-    if set(watched.graph.successors(found.add)) != {following[0]}:
-        return []
-    caller = _caller(watched, found, following[0])
-    group = [n for n in following if _caller(watched, found, n) == caller]
+    start = 0
+    callers = [_caller(watched, found, node) for node in following]
+    while start < len(callers) and callers[start] == ("op", following[start]):
+        if trunk_kind(watched, following[start]) != "view":
+            break
+        start += 1
+    pairs = zip(following, callers, strict=True)
+    group = [node for node, caller in pairs if callers[start:][:1] == [caller]]
     kinds = [trunk_kind(watched, node) for node in group]
-    alone = kinds.count("norm") == 1 and set(kinds) <= {"norm", "view", "cast"}
-    return group if alone and list(following[: len(group)]) == group else []
+    if kinds.count("norm") != 1 or not set(kinds) <= {"norm", "view", "cast"}:
+        return []
+    way = list(following[: start + len(group)])
+    own = all(found.home in watched.path(node) for node in way)
+    read = all(
+        set(watched.graph.successors(a)) == {b}
+        for a, b in itertools.pairwise([found.add, *way[: start + 1]])
+    )
+    return way if way[start:] == group and own and read else []
 
 
 def _caller(watched: Watched, found: Found, node: int) -> tuple[str, int]:

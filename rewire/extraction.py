@@ -119,6 +119,7 @@ class _Outer:
         self.hidden: dict[fx.Node, int] = {}
         self.pieces = pieces
         self.emitted: set[int] = set()
+        self.norms = {piece.norm: n for n, piece in enumerate(pieces) if piece.norm is not None}
         for number, piece in enumerate(pieces):
             self.hidden.update(dict.fromkeys(piece.hidden, number))
 
@@ -139,10 +140,12 @@ class _Outer:
 
     def _emit(self, node: fx.Node) -> fx.Node:
         """The copy of a node, after whatever it reads: a branch's values come with its step."""
+        if node in self.norms and node not in self.copies:
+            return self._emit_norm(node)
         if node not in self.copies:
             number = self.hidden.get(node)
             if number is not None:
-                self._emit_step(number)
+                self._emit_before(number)
                 if node not in self.copies:
                     raise CannotTrace(
                         f"{self.pieces[number].residual.name} and another residual module read "
@@ -153,6 +156,13 @@ class _Outer:
                 self._emit(source)
             self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
         return self.copies[node]
+
+    def _emit_before(self, number: int) -> None:
+        """Emit the step whose values are asked for, with its norm where a tail follows that."""
+        self._emit_step(number)
+        norm = self.pieces[number].norm
+        if norm is not None and norm not in self.copies:
+            self._emit(norm)
 
     def _emit_step(self, number: int) -> None:
         if number in self.emitted:
@@ -166,9 +176,18 @@ class _Outer:
             self.copies[node] = self.graph.call_function(operator.getitem, (step, position))
         for node in piece.adds[1:]:
             self.copies[node] = self.copies[piece.sum]
-        result = self.copies[piece.sum]
-        if piece.norm is not None:
-            self.copies[piece.norm] = result
+        if piece.norm is None:
+            self._emit_tail(number, self.copies[piece.sum])
+
+    def _emit_norm(self, node: fx.Node) -> fx.Node:
+        number = self.norms[node]
+        x = self._emit(only_operand(self.trace, node))
+        self.copies[node] = self.graph.call_method("normalise", (self.run, number, x))
+        self._emit_tail(number, self.copies[node])
+        return self.copies[node]
+
+    def _emit_tail(self, number: int, result: fx.Node) -> None:
+        piece = self.pieces[number]
         if piece.tail and not piece.tail_inside:
             result = self.graph.call_method("follow", (self.run, number, result))
         for node in piece.tail:

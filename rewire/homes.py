@@ -18,14 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from rewire.errors import CannotTrace
+from rewire.errors import CannotTrace, StreamMismatch
 from rewire.extraction import Program
 from rewire.links import Course, attach, find
 from rewire.pieces import BranchCode
 from rewire.planning import program_for
 from rewire.plans import Residual
 from rewire.replay import Holdings, autocast_state
-from rewire.reversible import NormBranch, ReversibleSequential, advance, dense, follow, resume
+from rewire.reversible import (
+    NormBranch,
+    ReversibleSequential,
+    advance,
+    dense,
+    follow,
+    normalise,
+    resume,
+)
 from rewire.steps import Branch, Output
 from rewire.structure import flatten, unflatten
 
@@ -250,11 +258,28 @@ class HomeRun:
         course, sites = self._place(number)
         x = dense(x)
         site, link = resume(course, sites, x)
-        branch, norm = self._branches[number], self._norms[number]
-        visible, link, sideways = advance(link, site, x, branch, sides, norm)
-        if site < len(course.sites) - 1:
+        more = self._norms[number] is not None
+        visible, link, sideways = advance(
+            link, site, x, self._branches[number], sides, complete=not more
+        )
+        if more or site < len(course.sites) - 1:
             attach(visible, link)
         return (visible, *sideways)
+
+    def normalise(self, number: int, x: Tensor) -> Tensor:
+        """Run the normalisation of sum `number`."""
+        norm, course = self._norms[number], self._place(number)[0]
+        assert norm is not None, "a program normalises only sums that have a norm"
+        link = find(x, course)
+        if link is None:
+            raise StreamMismatch(
+                f"{norm.name}: what it is handed is not the sum of {self._branches[number].name}. "
+                "Keep the module out with `exclude=`."
+            )
+        visible, link = normalise(link, x, norm)
+        if link.site < len(course.sites) - 1:
+            attach(visible, link)
+        return visible
 
     def follow(self, number: int, x: Tensor) -> Tensor:
         """Run the activation behind sum `number`."""

@@ -160,14 +160,19 @@ class Piece:
             raise CannotTrace(f"{node.target} stands on the trunk before {self.residual.name}")
 
     def _find_norm(self) -> fx.Node:
-        """The call that normalises the sum, and alone reads it."""
-        users = [user for user in self.sum.users if not is_after_effect(user)]
-        if len(users) != 1 or not is_activation(self.trace, users[0]):
-            raise CannotTrace(
-                f"the sum of {self.residual.name} is read by {len(users)} operations, not by its "
-                "normalisation alone"
-            )
-        return users[0]
+        """The call that normalises the sum, or a view of it, and alone reads it."""
+        node = self.sum
+        while node is self.sum or is_whole_view(self.trace, node):
+            users = [user for user in node.users if not is_after_effect(user)]
+            if len(users) != 1:
+                raise CannotTrace(
+                    f"the sum of {self.residual.name} is read by {len(users)} operations, not by "
+                    "its normalisation alone"
+                )
+            node = users[0]
+        if not is_activation(self.trace, node):
+            raise CannotTrace(f"{node.target} stands before the norm of {self.residual.name}")
+        return node
 
     def _find_tail(self) -> list[fx.Node]:
         tail: list[fx.Node] = []
@@ -190,7 +195,7 @@ class Piece:
     @property
     def hidden(self) -> set[fx.Node]:
         """Nodes that do not appear in the code around the branch."""
-        return {*self.region, *self.adds, *self.tail, *([self.norm] if self.norm else [])}
+        return {*self.region, *self.adds, *self.tail}
 
     def sides(self) -> list[fx.Node]:
         """Values from outside the branch that it reads."""
@@ -265,7 +270,7 @@ class Piece:
             return None
         graph = fx.Graph()
         x = graph.placeholder("x")
-        fresh = storage_of(self.trace.hints[self.sum]) in self.trace.mutations.get(self.norm, ())
+        fresh = bool(self.trace.mutations.get(self.norm))
         graph.output((_copy_tail(self.trace, graph, [self.norm], x, fresh=fresh), None, ()))
         return _as_code(self.residual.name, graph)
 

@@ -295,7 +295,8 @@ def advance(
     x: Tensor,
     branch: Branch,
     sides: Sequence[Any],
-    norm: NormBranch | None = None,
+    *,
+    complete: bool = True,
 ) -> tuple[Tensor, Link, tuple[Any, ...]]:
     """Run one residual module.
 
@@ -305,7 +306,7 @@ def advance(
         x: The visible tensor: the newest stream, or T of it, in the model's dtype.
         branch: The residual branch.
         sides: Its side inputs.
-        norm: The normalisation on the trunk behind the sum, if any.
+        complete: No normalisation of the sum follows.
 
     Returns:
         The visible result ([*S] in the dtype of `x`: the newest stream, or the merge after the
@@ -317,31 +318,46 @@ def advance(
         x = newest.to(x.dtype)  # the branch sees the stream as backward will rebuild it
     tape = _tape_for(link, newest, older)
     following, grid, output = _couple(link, tape, x, (newest, older), relayout, branch, sides)
-    if norm is not None:
-        following, grid = _normalise(course, tape, following, newest, grid, norm)
     course.ran(site, tape)
-    last = site == len(course.sites) - 1
-    visible = following
+    dtype = torch.promote_types(x.dtype, output.branch.dtype)
+    made = replace(link, site=site, newest=following, older=newest, tape=tape, grid=grid, tail=None)
+    return *_shown(made, dtype, complete), output.sideways
+
+
+def normalise(link: Link, x: Tensor, norm: NormBranch) -> tuple[Tensor, Link]:
+    """Run the normalisation T of a sum: T(z) is the newest stream then.
+
+    Args:
+        link: Where the chain stands.
+        x: The visible sum, or a view of all of it.
+        norm: The normalisation.
+
+    Returns:
+        As of `advance`.
+    """
+    z, older, relayout = link.streams(x)
+    tape = link.tape
+    if tape is not None and len(tape.steps) != link.position:
+        tape = _tape_for(link, z, older)
+    stream, grid = _normalise(link.course, tape, z, older, link.grid, norm, relayout)
+    made = replace(link, newest=stream, older=older, tape=tape, grid=grid)
+    return _shown(made, x.dtype, True)
+
+
+def _shown(link: Link, dtype: torch.dtype, complete: bool) -> tuple[Tensor, Link]:
+    """What the user's code sees of a link: the newest stream, or the merge at the chain's end."""
+    course, newest = link.course, link.newest
+    last = complete and link.site == len(course.sites) - 1
+    visible = newest
     if last:
-        first = following if link.first is None else link.first
-        visible = course.coupling.merge(following, newest, first)
-    visible = visible.to(torch.promote_types(x.dtype, output.branch.dtype))
-    if last and visible is following:
-        visible = following.clone()  # the user's own; backward needs the stream
-    position = 0 if tape is None else len(tape.steps)
-    stream = alias(following) if visible is following else following
-    made = Link(
-        course,
-        site,
-        stream,
-        newest,
-        tape,
-        position,
-        version(visible),
-        grid=grid,
-        first=link.first,
-    )
-    return visible, made, output.sideways
+        first = newest if link.first is None else link.first
+        visible = course.coupling.merge(newest, link.older, first)
+    visible = visible.to(dtype)
+    if last and visible is newest:
+        visible = newest.clone()  # the user's own; backward needs the stream
+    position = 0 if link.tape is None else len(link.tape.steps)
+    stream = alias(newest) if visible is newest else newest
+    return visible, replace(link, newest=stream, position=position, version=version(visible))
 
 
 def _couple(
@@ -406,12 +422,13 @@ def _normalise(
     older: Tensor,
     grid: OnGrid | None,
     norm: NormBranch,
+    relayout: tuple[Layout, Layout] | None,
 ) -> tuple[Tensor, OnGrid | None]:
     """T(z) as the newest stream, and the grid it is on."""
     if grid is None:  # nothing is inverted: a torch.func transform
         return norm(z, ()).branch, None
     undo = Normed(grid, None)
-    step = _step(norm, undo, z, None, None)
+    step = _step(norm, undo, z, None, relayout)
     output = _ran(tape, step, z, ())
     x = undo.forward(output.branch, z)
     coarser = course.grid.watch(x, grid)

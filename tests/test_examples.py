@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from examples.finetune import main
+from examples.finetune.minimal import main
 
 
 def test_finetune(capsys: pytest.CaptureFixture[str]) -> None:

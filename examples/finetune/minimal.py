@@ -1,7 +1,7 @@
 """Finetune a rewired ViT, step by step: what changes in a training loop is one line.
 
-    uv run python examples/finetune.py
-    uv run python examples/finetune.py --model timm/vit_small_patch16_224 --pretrained
+    uv run python -m examples.finetune.minimal
+    uv run python -m examples.finetune.minimal --model timm/vit_small_patch16_224 --pretrained
 
 The task is made up (which quarter of the picture is brightest), so that it runs offline.
 """

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rewire.recalibration import recalibrate
     from rewire.reversible import ReversibleSequential, store_activations
     from rewire.rewriting import make_reversible
+    from rewire.schedule import Dr2Schedule
     from rewire.storage import load, save
     from rewire.verification import Check, Verdict, verify
 
@@ -48,6 +49,7 @@ _HOMES = {
     "recalibration": ("recalibrate",),
     "reversible": ("ReversibleSequential", "store_activations"),
     "rewriting": ("make_reversible",),
+    "schedule": ("Dr2Schedule",),
     "storage": ("load", "save"),
     "verification": ("Check", "Verdict", "verify"),
 }
@@ -65,6 +67,7 @@ __all__ = [
     "Difference",
     "Distance",
     "Dr2",
+    "Dr2Schedule",
     "NotRepeatable",
     "NothingToRewire",
     "Plan",

@@ -82,6 +82,12 @@ class Coupled:
             rest = _guess(_share(older, b, grid), b).neg_().add_(older * grid.inverse)
             self.correction = Digits.of(rest.add_(slack_of(self.coupling.factor)), width)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for the inverse."""
+        kept = 0 if self.kept is None else self.kept.nbytes
+        return kept if self.correction is None else self.correction.nbytes
+
     def inverse(
         self,
         newer: Tensor,

@@ -50,6 +50,24 @@ Shape = Annotated[
         "--input-shape", metavar="N,C,H,W", help="Shape of the input, where it can't be found."
     ),
 ]
+Coupling = Annotated[
+    str,
+    typer.Option(
+        metavar="SPEC",
+        help="re2, 're2(sum)', 'consistent(1/4)', 'dr2(0.9, 0.1)' or bdia: nearer to the original "
+        "costs bits per element and module.",
+    ),
+]
+Precision = Annotated[
+    str,
+    typer.Option(metavar="exact|float64|fast", help="Of the streams; exact gives exact gradients."),
+]
+Granularity = Annotated[
+    str,
+    typer.Option(
+        metavar="module|block", help="One residual module: attention, MLP, or a whole block."
+    ),
+]
 Trunk = Annotated[
     str,
     typer.Option(
@@ -92,6 +110,9 @@ def inspect(
     arch: Arch = None,
     trust: Trust = None,
     input_shape: Shape = None,
+    coupling: Coupling = "re2",
+    precision: Precision = "exact",
+    granularity: Granularity = "module",
     trunk: Trunk = "identity",
     include: Include = None,
     exclude: Exclude = None,
@@ -108,10 +129,11 @@ def inspect(
       rewire inspect weights.safetensors --arch timm/convnext_tiny
       rewire inspect mypackage.models:build --exclude 'head.*'
     """
-    options = (arch, trust, pretrained, input_shape, trunk, include, exclude)
-    shape = _checked(input_shape, trunk)
+    how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
+    shape = _checked(input_shape, how)
+    options = (arch, trust, pretrained, include, exclude)
     with _one_line_errors(debug):
-        request = _request(options, shape)
+        request = _request(options, how, shape)
         from rewire.conversion import opened, planned
         from rewire.report import console, plan_tree
 
@@ -137,6 +159,9 @@ def convert(
     arch: Arch = None,
     trust: Trust = None,
     input_shape: Shape = None,
+    coupling: Coupling = "re2",
+    precision: Precision = "exact",
+    granularity: Granularity = "module",
     trunk: Trunk = "identity",
     include: Include = None,
     exclude: Exclude = None,
@@ -159,14 +184,15 @@ def convert(
       rewire convert checkpoint.pth --arch torchvision/resnet50 -o rev_resnet50.pt
       rewire convert timm/vit_large_patch16_224 --pretrained -o rev_vit.pt
     """
-    options = (arch, trust, pretrained, input_shape, trunk, include, exclude)
-    shape = _checked(input_shape, trunk)
+    how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
+    shape = _checked(input_shape, how)
+    options = (arch, trust, pretrained, include, exclude)
     _check_target(out, model, "OUT")
     if export_state_dict is not None:
         _check_target(export_state_dict, model, "--export-state-dict")
         _check_target(export_state_dict, str(out), "--export-state-dict")
     with _one_line_errors(debug):
-        request = _request(options, shape)
+        request = _request(options, how, shape)
         from rewire import conversion
 
         done = conversion.convert(model, out, request, export_state_dict)
@@ -194,7 +220,7 @@ def verify(
       rewire verify rev_model.pt --float64 --input-shape 2,3,224,224
       rewire verify rev_model.pt --json
     """
-    shape = _checked(input_shape, "identity")
+    shape = _checked(input_shape, {})
     with _one_line_errors(debug):
         from rewire import verification
         from rewire.inputs import example_for
@@ -269,10 +295,19 @@ def _one_line_errors(debug: bool) -> Iterator[None]:
     raise typer.Exit(1)
 
 
-def _checked(input_shape: str | None, trunk: str) -> tuple[int, ...] | None:
+_CHOICES = {
+    "precision": ("exact", "float64", "fast"),
+    "granularity": ("module", "block"),
+    "trunk": ("identity", "inside"),
+}
+
+
+def _checked(input_shape: str | None, how: dict[str, str]) -> tuple[int, ...] | None:
     """The parsed --input-shape; bad usage is said before anything is loaded."""
-    if trunk not in ("identity", "inside"):
-        raise typer.BadParameter(f"--trunk is identity or inside, not {trunk!r}.")
+    for option, choices in _CHOICES.items():
+        if how.get(option, choices[0]) not in choices:
+            known = ", ".join(choices[:-1]) + f" or {choices[-1]}"
+            raise typer.BadParameter(f"--{option} is {known}, not {how[option]!r}.")
     if input_shape is None:
         return None
     sizes = input_shape.split(",")
@@ -283,13 +318,21 @@ def _checked(input_shape: str | None, trunk: str) -> tuple[int, ...] | None:
     return tuple(int(size) for size in sizes)
 
 
-def _request(options: tuple[Any, ...], shape: tuple[int, ...] | None) -> Request:
+def _request(
+    options: tuple[Any, ...], how: dict[str, str], shape: tuple[int, ...] | None
+) -> Request:
     from rewire.conversion import Request
 
-    arch, trust, pretrained, _, trunk, include, exclude = options
-    lists = {"trust": trust, "include": include, "exclude": exclude}
-    given = {name: tuple(values or ()) for name, values in lists.items()}
-    return Request(arch=arch, pretrained=pretrained, shape=shape, trunk=trunk, **given)
+    arch, trust, pretrained, include, exclude = options
+    return Request(
+        arch=arch,
+        trust=tuple(trust or ()),
+        pretrained=pretrained,
+        shape=shape,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        **how,
+    )
 
 
 def _check_target(path: Path, other: str, what: str) -> None:
@@ -339,7 +382,9 @@ def _print_demonstration(shown: Demonstration, keep: Path | None) -> None:
     console().print(plan_summary(shown.conversion.plan))
     _print_verdict(shown.verdict, f"{shown.conversion.out.name}, loaded and verified", False)
     gradients, memory = shown.verdict["parameter gradients"], shown.verdict["peak memory"]
-    typer.echo(f"\ngradients: largest relative error {gradients.measured:.1e}")
+    exact = "equal to ordinary autograd's bit for bit"
+    error = f"largest relative error {gradients.measured:.1e}"
+    typer.echo(f"\ngradients: {error if gradients.measured else exact}")
     typer.echo(f"peak activation memory of one training step: {memory.detail}")
     kept = "" if keep is None else f" The files are in {keep}."
     typer.echo(f"\nNext: rewire inspect MODEL, then rewire convert MODEL -o OUT.{kept}")

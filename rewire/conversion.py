@@ -20,6 +20,9 @@ class Request:
     trust: Sequence[str] = ()
     pretrained: bool = False
     shape: Sequence[int] | None = None
+    coupling: str = "re2"
+    precision: str = "exact"
+    granularity: str = "module"
     trunk: str = "identity"
     include: Sequence[str] = field(default=())
     exclude: Sequence[str] = field(default=())
@@ -54,6 +57,9 @@ def planned(source: Source, request: Request) -> Plan:
         return plan(
             source.module,
             example,
+            coupling=request.coupling,
+            precision=request.precision,
+            granularity=request.granularity,
             trunk=request.trunk,
             include=request.include,
             exclude=request.exclude,

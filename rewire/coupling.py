@@ -259,8 +259,8 @@ def _shown(coupling: Coupling, field: dataclasses.Field[Any]) -> bool:
 
 def _spelled(value: Any) -> str:
     if isinstance(value, float):
-        ratio = Fraction(value).limit_denominator(64)
-        return str(ratio) if float(ratio) == value else f"{value:g}"
+        binary = Fraction(value)
+        return str(binary) if 1 < binary.denominator <= 64 else f"{value:g}"
     return str(value)
 
 

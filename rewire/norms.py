@@ -97,11 +97,16 @@ class Normed:
             self.kept = z.detach()
             return
         digits = self._guess(x.detach()).neg_().add_(z.detach() * self.grid.inverse)
-        correction = Columns.of(digits, z.detach(), self.affine.channels)
-        if correction.nbytes < z.nbytes:
-            self.correction = correction
-        else:
-            self.kept = z.detach()
+        self.correction = Columns.of(digits, z.detach(), self.affine.channels)
+        if self.nbytes >= z.nbytes:
+            self.correction, self.affine, self.kept = None, None, z.detach()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for the inverse."""
+        if self.correction is None or self.affine is None:
+            return 0 if self.kept is None else self.kept.nbytes
+        return self.correction.nbytes + sum(t.nbytes for t in self.affine[:4] if t is not None)
 
     def inverse(self, x: Tensor) -> Tensor:
         """z from T(z), exactly."""

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from rewire.errors import RewireError
 from rewire.isolation import isolated
+from rewire.tape import watch_corrections
 
 # This one wraps storage made outside of torch's operations (a constant) into a tensor.
 _LIFT = torch.ops.aten.lift_fresh.default
@@ -39,6 +40,8 @@ class Profile:
         left_bytes: Bytes alive after the step, outputs dropped, no garbage collected.
         step_seconds: Time of one step, measured without the meter.
         device: Where it was measured.
+        correction_bytes: Of the saved bytes, what makes the inverses of the chains exact.
+        correction_bits: The same in bits per element of the stream and residual module.
     """
 
     peak_bytes: int
@@ -46,13 +49,17 @@ class Profile:
     left_bytes: int
     step_seconds: float
     device: str
+    correction_bytes: int = 0
+    correction_bits: float = 0.0
 
     def __str__(self) -> str:
         megabytes = [n / 1e6 for n in (self.peak_bytes, self.saved_bytes, self.left_bytes)]
         peak, saved, left = (f"{number:.1f} MB" for number in megabytes)
+        bits = f"{self.correction_bits:.2f} bits of correction per element and module"
         return (
             f"peak {peak}, {saved} saved for backward, {left} left, "
             f"{self.step_seconds:.3f} s a step ({self.device})"
+            + (f", {bits}" if self.correction_bytes else "")
         )
 
 
@@ -173,7 +180,8 @@ def profile(model: nn.Module, *inputs: Any, **kwargs: Any) -> Profile:
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with isolated(model), _zero_gradients(model, (inputs, kwargs)):
-        step()  # what is made once (tables, workspaces) is no cost of a step
+        with watch_corrections() as kept:
+            step()  # what is made once (tables, workspaces) is no cost of a step
         _wait(device)
         start = time.perf_counter()
         step()
@@ -182,7 +190,9 @@ def profile(model: nn.Module, *inputs: Any, **kwargs: Any) -> Profile:
         with no_collection(), _meter(device) as meter:
             saved = step(meter)
             left, peak = meter.live, meter.peak
-    return Profile(peak, saved, left, seconds, str(device))
+    corrections = sum(row.nbytes for row in kept)
+    bits = 8 * corrections / max(1, sum(row.elements for row in kept))
+    return Profile(peak, saved, left, seconds, str(device), corrections, bits)
 
 
 def scalar_loss(output: Any) -> Tensor:

@@ -138,9 +138,24 @@ def _chain_title(chain: Chain) -> Text:
     shape = f"  {list(chain.shape)}" if chain.shape else ""
     text = Text(chain.name or "(model)", style="bold green")
     text.append(f"  {_counted(len(chain), 'module')}{shape}", style="not bold default")
+    if chain.coupling != "re2":
+        text.append(f"  {chain.coupling}", style="not bold cyan")
+    text.append(f"  {_bits(chain)}", style="not bold dim")
+    if chain.precision != "exact":
+        text.append(f"  precision={chain.precision}", style="not bold yellow")
     if chain.trunk != "identity":
         text.append(f"  trunk={chain.trunk}", style="not bold yellow")
     return text
+
+
+def _bits(chain: Chain) -> str:
+    """What exact inverses cost, per element of the stream and residual module."""
+    bits = f"{chain.bits} bits/element"
+    if chain.precision == "fast":
+        return "plain floats"
+    if not chain.norms:
+        return bits
+    return f"{bits} + those of {_counted(chain.norms, 'trunk norm')}, measured in each run"
 
 
 def _add_chain(tree: Tree, chain: Chain) -> None:
@@ -153,10 +168,14 @@ def _add_chain(tree: Tree, chain: Chain) -> None:
 
 def _module_line(module: Residual) -> Text:
     text = Text(module.name)
+    if module.block:
+        text.append("  a whole block", style="dim")
     if module.branch:
         text.append(f"  F = {', '.join(module.branch)}", style="cyan")
     if trunk := _TRUNKS.get(module.trunk, module.trunk):
         text.append(f"  ({trunk})", style="dim")
+    if module.norm:
+        text.append("  (its sum is normalised)", style="dim")
     return text
 
 

@@ -196,10 +196,9 @@ def store_activations(model: nn.Module) -> Iterator[None]:
     The same function, and the same arithmetic in the same order: the plain twin for
     tests and debugging.
     """
-    courses = {id(course): course for course in _courses(model)}.values()
-    before = [(course, course.stored) for course in courses]
+    before = {id(course): (course, course.stored) for course in courses(model)}.values()
     try:
-        for course in courses:
+        for course, _ in before:
             course.stored = True
         yield
     finally:
@@ -210,7 +209,7 @@ def store_activations(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def kept_grids(model: nn.Module) -> Iterator[None]:
     """Leave the grids of a model's chains as they are, whatever runs inside."""
-    before = [(course, course.grid) for course in _courses(model)]
+    before = [(course, course.grid) for course in courses(model)]
     try:
         for course, grid in before:
             course.grid = copy.copy(grid)
@@ -222,10 +221,11 @@ def kept_grids(model: nn.Module) -> Iterator[None]:
 
 def exact(model: nn.Module) -> bool:
     """Whether all chains of a model promise gradients bit for bit."""
-    return all(course.precision != "fast" for course in _courses(model))
+    return all(course.precision != "fast" for course in courses(model))
 
 
-def _courses(model: nn.Module) -> Iterator[Course]:
+def courses(model: nn.Module) -> Iterator[Course]:
+    """The chains of a model at run time; one that has modules in several homes comes again."""
     for module in model.modules():
         chains = [module, *module.__dict__.get("_chains", ())]
         yield from (chain.course for chain in chains if isinstance(chain, ReversibleSequential))

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from rewire.coupling import Coupling
 from rewire.errors import BadFile
 from rewire.fileforms import form_of
 from rewire.plans import Plan
@@ -86,13 +87,17 @@ def save(rev: nn.Module, path: str | Path, *, source: Recipe | str | None = None
     _write(Path(path), lambda stream: torch.save(content, stream))
 
 
-def load(path: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
+def load(
+    path: str | Path, *, trust: Sequence[str] = (), coupling: str | Coupling | None = None
+) -> nn.Module:
     """Read a rewired model back, on the CPU, running no code from the file.
 
     Args:
         path: A file that `save` or `rewire convert` wrote.
         trust: Packages whose classes (or builder function) the file may name, beyond those
             of torch.nn, torchvision, timm and transformers' own models.
+        coupling: As for `make_reversible`: another than the file names, or the one of your own
+            that it was saved with.
 
     Returns:
         The rewired module, as `make_reversible` would give it.
@@ -111,7 +116,7 @@ def load(path: str | Path, *, trust: Sequence[str] = ()) -> nn.Module:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         detail = f"{type(error).__name__}: {first_line(error)}"
         raise BadFile(f"{where}: damaged ({detail}). Convert the model again.") from error
-    return make_reversible(original, plan=plan)
+    return make_reversible(original, plan=plan, coupling=coupling)
 
 
 def export_state_dict(rev: nn.Module, path: str | Path) -> None:

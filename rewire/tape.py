@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,28 @@ from rewire.replay import (
 from rewire.steps import Hooks, Output, Record, Step, Tail, never
 from rewire.structure import tensors_of
 
+
+class Kept(NamedTuple):
+    """What a step keeps so that its inverse is exact."""
+
+    name: str
+    elements: int  # of the stream; 0 for a normalisation, which belongs to its module
+    nbytes: int
+
+
 _listeners: list[list[tuple[str, bool]]] = []
+_keepers: list[list[Kept]] = []
+
+
+@contextmanager
+def watch_corrections() -> Iterator[list[Kept]]:
+    """Collect what each step keeps for its inverse."""
+    found: list[Kept] = []
+    _keepers.append(found)
+    try:
+        yield found
+    finally:
+        _keepers[:] = [keeper for keeper in _keepers if keeper is not found]
 
 
 @contextmanager
@@ -120,6 +141,9 @@ class Tape:
         self.at = len(self.steps)
         if _listeners:
             self._repeat(step)
+        for keeper in _keepers:
+            elements = 0 if isinstance(step.undo, Normed) else newest.numel()
+            keeper.append(Kept(step.branch.name, elements, step.undo.nbytes))
 
     def _repeat(self, step: Step) -> None:
         """Run a step's branch again at once, and tell whether it gave the same bits."""

@@ -131,6 +131,8 @@ def verify(
     """
     given = Example(inputs, kwargs) if inputs or kwargs else example_for(rev)
     original = rewriting.restored(rev) if original is None else original
+    if not _takes_gradients(original, given):
+        given = _Constant(given.args, given.kwargs, given.description)
     model, example = rev, given
     if float64:  # for the numbers only; the other checks look at the model itself
         model = copy.deepcopy(rev).double()
@@ -145,6 +147,20 @@ def verify(
             *_sharing_checks(rev, original),
         ]
     return Verdict(checks, type(rev).__name__)
+
+
+class _Constant(Example):
+    """Inputs that a model does not take with gradients, e.g. where it sets the flag itself."""
+
+
+def _takes_gradients(original: nn.Module, example: Example) -> bool:
+    fresh, _ = _fresh(example)
+    try:
+        with isolated(original), training_mode(original, False), torch.enable_grad():
+            original(*fresh.args, **fresh.kwargs)
+    except Exception:  # whatever else is wrong with the inputs comes up again in the checks
+        return False
+    return True
 
 
 def _evaluation_checks(model: nn.Module, example: Example) -> Iterator[Check]:
@@ -310,7 +326,7 @@ def _fresh(example: Example) -> tuple[Example, dict[str, Tensor]]:
 
     def copied(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().clone()
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not isinstance(example, _Constant):
             leaves[f"input {len(leaves)}"] = tensor.requires_grad_()
         return tensor.clone()  # a model may change its input in place, but not a leaf
 
@@ -324,7 +340,7 @@ def _mapped(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
         return change(value) if isinstance(value, Tensor) else copy.deepcopy(value)
 
     args, kwargs = tree_map(each, (example.args, dict(example.kwargs)))
-    return Example(args, kwargs)
+    return dataclasses.replace(example, args=args, kwargs=kwargs)
 
 
 def _loss(output: Any) -> Tensor:

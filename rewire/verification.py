@@ -156,7 +156,7 @@ class _Constant(Example):
 def _takes_gradients(original: nn.Module, example: Example) -> bool:
     fresh, _ = _fresh(example)
     try:
-        with isolated(original), training_mode(original, False), torch.enable_grad():
+        with isolated(original), training_mode(original, True), torch.enable_grad():
             original(*fresh.args, **fresh.kwargs)
     except Exception:  # whatever else is wrong with the inputs comes up again in the checks
         return False

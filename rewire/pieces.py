@@ -111,19 +111,29 @@ class Piece:
 
     def _find_block(self) -> tuple[fx.Node, fx.Node]:
         """The argument that a block takes the newest stream from, and its sum in that shape."""
-        hints, behind = self.trace.hints, ancestors([self.sum])
-        size = hints[self.sum].numel()
-        tensors = [n for n in self.trace.inputs if isinstance(hints[n], torch.Tensor)]
-        entry = next((n for n in tensors if n in behind and hints[n].numel() == size), None)
-        if entry is None:
-            raise CannotTrace(f"{self.residual.name} takes no argument of the size of its sum")
-        end = self.sum
+        hints = self.trace.hints
+        entry = end = self.sum
+        while entry.op != "placeholder":
+            entry = self._back(entry)
         while hints[end].shape != hints[entry].shape:
             users = list(end.users)
             if len(users) != 1 or not is_whole_view(self.trace, users[0]):
                 raise CannotTrace(f"the sum of {self.residual.name} is not of its input's shape")
             end = users[0]
         return entry, end
+
+    def _back(self, node: fx.Node) -> fx.Node:
+        """Where the trunk leads to a node from: the operand that all others come from."""
+        size = self.trace.hints[self.sum].numel()
+        operands = [n for n in tensor_operands(self.trace, node) if n in self.trace.varying]
+        operands = [n for n in operands if self.trace.hints[n].numel() == size]
+        operands = operands or node.all_input_nodes[:1]  # an item of what a child gave
+        for operand in operands:
+            if all(n is operand or operand in ancestors([n]) for n in operands):
+                return operand
+        if not operands:
+            raise CannotTrace(f"the trunk of {self.residual.name} does not begin at an argument")
+        return operands[0]
 
     def _find_region(self) -> set[fx.Node]:
         ahead = {self.entry}

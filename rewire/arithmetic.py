@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rewire.corrections import Digits
-from rewire.coupling import Coefficients, Coupling, Weight, slack_of
+from rewire.coupling import Coefficients, Coupling, Weight, slack_of, width_of
 from rewire.grid import OnGrid, rounded, straight
 
 _SLICE = 1 << 18  # elements: temporaries stay in the cache, and no stream is made for them
@@ -43,6 +43,12 @@ class Coupled:
     grid: OnGrid | None
     correction: Digits | None = None
     kept: Tensor | None = None
+
+    @property
+    def _factor(self) -> float:
+        """|b| of this step, which may be another one in eval mode; of tensors the smallest."""
+        b = self.k.b
+        return self.coupling.factor if isinstance(b, Tensor) else abs(b)
 
     def forward(
         self, newest: Tensor, older: Tensor, branch: Tensor, trunk: Tensor | None
@@ -74,13 +80,13 @@ class Coupled:
         grid, b = self.grid, self.k.b
         if grid is None:
             return
-        width = self.coupling.bits
+        width = width_of(self._factor)
         if grid.behind or _is(b, 0.0) or width >= older.element_size() * 8:
             self.kept = older.detach()
         elif width:
             older = older.detach()
             rest = _guess(_share(older, b, grid), b).neg_().add_(older * grid.inverse)
-            self.correction = Digits.of(rest.add_(slack_of(self.coupling.factor)), width)
+            self.correction = Digits.of(rest.add_(slack_of(self._factor)), width)
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +119,7 @@ class Coupled:
         if self.grid is None:
             return _back_in_floats(newer, newest, branch, trunk, self.k, own_newer)
         out = newer if own_newer else torch.empty_like(newer)
+        own_branch = own_branch and branch.dtype == newer.dtype  # else it is no room for floats
         whole = own_branch or branch.shape != newer.shape or isinstance(self.k.a, Tensor)
         for part in [...] if whole else _slices(newer):
             t = None if trunk is None else trunk[part]
@@ -120,7 +127,7 @@ class Coupled:
         if _is(self.k.b, 1.0):
             return out
         if self.correction is not None:
-            self.correction.add_(out.sub_(slack_of(self.coupling.factor)))
+            self.correction.add_(out.sub_(slack_of(self._factor)))
         return out.mul_(self.grid.step)
 
     def _inverse(

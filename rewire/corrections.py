@@ -35,7 +35,8 @@ def pack(digits: Tensor, width: int) -> Tensor:
     count = -(-digits.numel() // each)
     words = torch.zeros(count, dtype=torch.int64, device=digits.device)
     for place, part in enumerate(torch.split(digits, count) if count else ()):
-        words[: part.numel()] |= part.to(torch.int64) << (place * width)
+        kept = part.to(torch.int64) & ((1 << width) - 1)  # NaN must not reach its neighbours
+        words[: part.numel()] |= kept << (place * width)
     return words
 
 

@@ -169,6 +169,8 @@ class Dr2(Coupling):
     beta: float = 0.1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha):
+            raise ValueError(f"Dr2: α = {self.alpha}; choose a number, e.g. 0.9.")
         if not 0 < abs(self.beta) < math.inf:
             raise ValueError(f"Dr2: β = {self.beta}; the inverse divides by it, e.g. 0.1.")
 
@@ -199,7 +201,7 @@ class Bdia(Coupling):
         """(1 - γ, γ, 1 + γ), γ of shape [N, 1, ...] in training."""
         if not training:
             return Coefficients(1.0, 0.0, 1.0)
-        shape = (x.shape[0] if x.dim() else 1, *(1,) * (x.dim() - 1))
+        shape = (*x.shape[:1], *(1,) * (x.dim() - 1))
         gamma = (torch.randint(0, 2, shape, device=x.device) * 2 - 1).to(x.dtype) * self.gamma
         return Coefficients(1.0 - gamma, gamma, 1.0 + gamma)
 
@@ -260,7 +262,8 @@ def _shown(coupling: Coupling, field: dataclasses.Field[Any]) -> bool:
 def _spelled(value: Any) -> str:
     if isinstance(value, float):
         binary = Fraction(value)
-        return str(binary) if 1 < binary.denominator <= 64 else f"{value:g}"
+        short = str(binary) if 1 < binary.denominator <= 64 else f"{value:g}"
+        return short if float(Fraction(short)) == value else repr(value)
     return str(value)
 
 

@@ -82,7 +82,8 @@ def compare(
     bound = 0.0 if exact else max(limit(newest.dtype), torch.finfo(coarsest).eps)
     with torch.no_grad():
         scale = newest.abs().amax().clamp_min_(torch.finfo(newest.dtype).tiny)
-        relative = torch.sub(newest, older).abs_().amax() / scale
+        difference = torch.sub(newest, older).abs_().amax()
+        relative = torch.where(difference.isinf(), torch.nan, difference / scale)
     if newest.device.type == "cuda" and not _listeners and chain.check != "raise":
         _postpone(_Verdict(chain, relative, bound, exact, None))
     else:

@@ -182,6 +182,8 @@ class _Outer:
     def _emit_norm(self, node: fx.Node) -> fx.Node:
         number = self.norms[node]
         x = self._emit(only_operand(self.trace, node))
+        if node in self.copies:  # it came with its step
+            return self.copies[node]
         self.copies[node] = self.graph.call_method("normalise", (self.run, number, x))
         self._emit_tail(number, self.copies[node])
         return self.copies[node]

@@ -58,7 +58,8 @@ def rounded(x: Tensor, grid: OnGrid) -> Tensor:
     dtype = grid.step.dtype
     x = x.detach()
     units = x.mul(grid.inverse) if x.dtype == dtype else x.to(dtype).mul_(grid.inverse)
-    return units.round_().mul_(grid.step)
+    # Not `mul_`: that leaves -0 where the inverse gives 0, and a branch may look at the sign.
+    return torch.addcmul(torch.zeros_like(grid.step), units.round_(), grid.step, out=units)
 
 
 class Grid:
@@ -79,7 +80,8 @@ class Grid:
         last = None if _valueless(x) else self._last
         self._first = last is None or (last.dtype, last.device) != (x.dtype, x.device)
         if self._first or last is None:
-            step = _spacing(largest.clamp(min=_ORDINARY), torch.ones_like(largest))
+            sound = largest.nan_to_num(_ORDINARY, _ORDINARY).clamp_(min=_ORDINARY)
+            step = _spacing(sound, torch.ones_like(largest))
         else:
             known = last.step
             seen = torch.maximum(last.largest, largest)
@@ -107,17 +109,17 @@ class Grid:
         largest, last = _largest(stream), self._last
         if last is None or (last.dtype, last.device) != (stream.dtype, stream.device):
             last = _Last.of(grid.step, largest)
-        seen = torch.maximum(last.largest, largest)
-        self._last = _Last.of(last.step, seen)
+        self._last = last = last.seeing(largest)
         if not (self._first or stream.device.type == "cpu"):
             return None
         value = float(largest)
         if not math.isfinite(value):  # the run is lost, its grid need not be
+            self._last = None if self._first else self._last
             return None
         if value <= float(grid.step) * reach(stream.dtype) / 2:  # corrections need one bit more
             return None
         step = _spacing(largest, grid.step)
-        self._last = _Last.of(step, seen)
+        self._last = _Last.of(step, last.largest)
         return OnGrid(step, _reciprocal(step))._replace(behind=True)
 
 
@@ -133,6 +135,14 @@ class _Last(NamedTuple):
         on_host = step.device.type == "cpu"
         held = (float(step), float(largest)) if on_host else (step, largest)
         return cls(step.dtype, step.device, held)
+
+    def seeing(self, largest: Tensor) -> _Last:
+        """The same grid, and the larger of two values; NaN is the largest of all."""
+        step, before = self.held
+        if isinstance(before, Tensor):
+            return self._replace(held=(step, torch.maximum(before, largest)))
+        value = float(largest)
+        return self if value <= before or math.isnan(before) else self._replace(held=(step, value))
 
     @property
     def step(self) -> Tensor:
@@ -151,6 +161,8 @@ def _largest(x: Tensor) -> Tensor:
     x = x.detach()
     if x.numel() == 0:
         return x.new_zeros(())
+    if x.device.type == "cpu":  # there the norm is not vectorised, and takes 30 times as long
+        return torch.maximum(x.amin().abs(), x.amax().abs())
     largest: Tensor = torch.linalg.vector_norm(x, float("inf"))
     return largest
 
@@ -175,16 +187,17 @@ def _reciprocal(step: Tensor) -> Tensor:
 
 
 class _Straight(torch.autograd.Function):
-    """A value, with the gradient of a weighted sum of tensors."""
+    """A value, with the gradient of a weighted sum of tensors.
+
+    Never run under torch.func transforms (there is no grid then), so without `setup_context`,
+    whose binding of arguments takes longer than all the rest.
+    """
 
     @staticmethod
-    def forward(value: Tensor, weights: tuple[Any, ...], *terms: Tensor) -> Tensor:
-        return value.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, ctx.weights, *terms = inputs
+    def forward(ctx: Any, value: Tensor, weights: tuple[Any, ...], *terms: Tensor) -> Tensor:
+        ctx.weights = weights
         ctx.forms = [(term.shape, term.dtype) for term in terms]
+        return value.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -37,7 +37,7 @@ class _Run(threading.local):
     """
 
     site = -1
-    tape: weakref.ref[Tape] | None = None
+    tape: weakref.ref[Any] | None = None
     visible: Tensor | None = None
 
 
@@ -95,10 +95,10 @@ class Course:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, run=_Run())
 
-    def ran(self, site: int, tape: Tape | None) -> None:
-        """Note which residual module ran last in this thread."""
+    def ran(self, site: int, alive: Tape | Tensor) -> None:
+        """Note which residual module ran last in this thread, and what lives while it goes on."""
         self.run.site = -1 if site == len(self.sites) - 1 else site
-        self.run.tape = None if tape is None else weakref.ref(tape)
+        self.run.tape = weakref.ref(alive)
         self.run.visible = None
 
     def last(self) -> int:
@@ -106,7 +106,8 @@ class Course:
 
         A run that stopped early and whose graph is gone has ended.
         """
-        if self.run.tape is not None and self.run.tape() is None:
+        left = self.run.visible is not None and not torch.is_inference_mode_enabled()
+        if left or (self.run.tape is not None and self.run.tape() is None):
             self.run.site = -1
         return self.run.site
 

@@ -318,7 +318,7 @@ def advance(
         x = newest.to(x.dtype)  # the branch sees the stream as backward will rebuild it
     tape = _tape_for(link, newest, older)
     following, grid, output = _couple(link, tape, x, (newest, older), relayout, branch, sides)
-    course.ran(site, tape)
+    course.ran(site, following if tape is None else tape)
     dtype = torch.promote_types(x.dtype, output.branch.dtype)
     made = replace(link, site=site, newest=following, older=newest, tape=tape, grid=grid, tail=None)
     return *_shown(made, dtype, complete), output.sideways

@@ -194,8 +194,8 @@ class Tape:
         self._move(index)
         tail = self.tails[index]
         self._forget()
-        x = self.newest.detach().requires_grad_().to(tail.dtype)
         with torch.enable_grad(), replayed_autocast(tail.autocast), replayed_rng(tail.rng):
+            x = self.newest.detach().requires_grad_().to(tail.dtype)
             with self._catch(tail.record):
                 tail.call(x)
             tail.record.complete()

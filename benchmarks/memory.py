@@ -11,85 +11,25 @@ those of live tensors (`rewire.profiling`), gradients of parameters preallocated
 from __future__ import annotations
 
 import copy
-import csv
-import datetime
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated, Any
 
-import timm
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import rewire
+from benchmarks.recording import MEBI, RECORDS, record
+from benchmarks.workloads import Stack, bottlenecks, timm_vit, vit
 from rewire.inputs import example_for
 from rewire.profiling import profile
 from rewire.sources import open_model
 
-RECORDS = Path(__file__).parent / "records" / "memory.csv"
-MEBI = 2**20
-
-
-class Stack(nn.Module):
-    """Blocks in a row; each under `torch.utils.checkpoint` where asked."""
-
-    def __init__(self, blocks: Iterable[nn.Module], *, checkpointed: bool = False) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.checkpointed = checkpointed
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the blocks."""
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
-        return x
-
-
-class Bottleneck(nn.Module):
-    """x + F(x), F = 1x1, 3x3, 1x1 convolutions with BatchNorm."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, inner, 1, bias=False),
-            nn.BatchNorm2d(inner),
-            nn.ReLU(),
-            nn.Conv2d(inner, inner, 3, padding=1, bias=False),
-            nn.BatchNorm2d(inner),
-            nn.ReLU(),
-            nn.Conv2d(inner, width, 1, bias=False),
-            nn.BatchNorm2d(width),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The residual module."""
-        return x + self.body(x)
-
-
-def vit(depth: int) -> tuple[nn.Module, Tensor]:
-    """ViT blocks of width 384 on 8 x 197 tokens."""
-    blocks = [Block(384, 6, qkv_bias=True) for _ in range(depth)]
-    return Stack(blocks), torch.randn(8, 197, 384, requires_grad=True)
-
-
-def bottlenecks(depth: int) -> tuple[nn.Module, Tensor]:
-    """Bottlenecks of width 256 on 8 x 28 x 28 pixels."""
-    blocks = [Bottleneck(256, 64) for _ in range(depth)]
-    return Stack(blocks), torch.randn(8, 256, 28, 28, requires_grad=True)
-
-
-def timm_vit(depth: int) -> tuple[nn.Module, Tensor]:
-    """The whole of timm's ViT-S, with another depth, on 8 pictures."""
-    return timm.create_model("vit_small_patch16_224", depth=depth), torch.randn(8, 3, 224, 224)
+RECORD = RECORDS / "memory.csv"
 
 
 WORKLOADS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
@@ -147,30 +87,6 @@ def measure(workload: str, depth: int, model: nn.Module, inputs: Any, rounds: in
     return rows
 
 
-def environment() -> dict[str, Any]:
-    """What the numbers depend on."""
-    cuda = torch.cuda.is_available()
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "rewire": rewire.__version__,
-    }
-
-
-def record(rows: list[dict[str, Any]]) -> None:
-    """Append rows to the record."""
-    rows = [{**row, **environment()} for row in rows]
-    new = not RECORDS.exists()
-    with RECORDS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the rows."""
     table = Table("workload", "depth", "way", "peak MiB", "x plain", "left", "time x plain (range)")
@@ -194,7 +110,7 @@ def main(
     model: Annotated[str, typer.Option(help="Measure this model (see rewire --help).")] = "",
     batch: Annotated[int, typer.Option(help="Batch size for --model.")] = 8,
     rounds: Annotated[int, typer.Option(help="Paired rounds for the times.")] = 5,
-    save: Annotated[bool, typer.Option("--record", help=f"Append to {RECORDS.name}.")] = False,
+    save: Annotated[bool, typer.Option("--record", help=f"Append to {RECORD.name}.")] = False,
 ) -> None:
     """Measure peak memory and time of one training step, side by side."""
     torch.manual_seed(0)
@@ -213,7 +129,7 @@ def main(
                 rows += measure(name, depth, module, (x,), rounds)
     show(rows)
     if save:
-        record(rows)
+        record(rows, RECORD)
 
 
 if __name__ == "__main__":

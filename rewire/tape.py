@@ -217,6 +217,9 @@ class Tape:
         else:
             newer, newest = self.newest, self.older
             output = self._run(step, newest, catch=catch)
+            if step.undo.kept is not None:  # no inverse tells whether the branch repeated itself
+                again = step.undo.forward(newest, step.undo.kept, output.branch, output.trunk)
+                drift.compare(self.chain, newer, again, self._coarsest(), exact=True)
             older = step.undo.inverse(
                 newer,
                 newest,

@@ -272,8 +272,36 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
-@spread("name, mode", NORMS, MODES)
+FAST = (
+    "LayerNorm",
+    "LayerNorm without affine",
+    "LayerNorm, some weights zero",
+    "LayerNorm, weights tiny",
+    "LayerNorm2d, permuting",
+    "RMSNorm",
+    "GroupNorm",
+    "InstanceNorm, statistics",
+    "BatchNorm2d",
+    "BatchNorm without affine",
+)
+
+
+@spread("name, mode", FAST, MODES)
 def test_norms_on_the_trunk(name: str, mode: str) -> None:
+    prove(name, mode)
+    assert name in FAST
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [name for name in NORMS if name not in FAST])
+def test_more_norms_on_the_trunk(name: str, mode: str) -> None:
+    prove(name, mode)
+    assert name in NORMS
+
+
+def prove(name: str, mode: str) -> None:
+    """Two batches in train mode, one in eval mode."""
     torch.manual_seed(0)
     norm, inputs = NORMS[name]
     x = inputs().to(MODES[mode].dtype)

@@ -123,7 +123,7 @@ def test_the_equation(coupling: str, depth: int) -> None:
         assert_close(grads(net, x, parameters), expected)
 
 
-@spread("coupling, norm", FIXED, ["LayerNorm", "RMSNorm", "none"])
+@spread("coupling, norm", FIXED[1::2], ["LayerNorm", "RMSNorm", "none"])
 def test_the_equation_in_a_model(coupling: str, norm: str) -> None:
     torch.manual_seed(1)
     kind = None if norm == "none" else lambda: varied(getattr(nn, norm)(WIDTH))
@@ -238,8 +238,8 @@ def test_bdia_in_training(norm: bool) -> None:
     assert_close(found, grads(by_hand, x, parameters))
 
 
-@spread("network, mode", ["pre-norm", "post-norm", "relu"], ["fp32", "fp64"])
-def test_bdia_in_eval_mode_is_the_original(network: str, mode: str) -> None:
+@spread("mode, network", ["fp32", "fp64"], ["post-norm", "relu", "pre-norm"])
+def test_bdia_in_eval_mode_is_the_original(mode: str, network: str) -> None:
     limit = {"fp32": 1e-5, "fp64": 1e-12}[mode]
     torch.manual_seed(1)
     norm = (lambda: nn.LayerNorm(WIDTH)) if network == "post-norm" else None

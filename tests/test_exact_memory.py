@@ -14,7 +14,16 @@ import rewire
 from rewire.profiling import LiveBytes, no_collection, profile
 from rewire.reversible import ReversibleSequential
 from tests.test_exact_runs import Net, PostNorm, PreNorm
-from tests.test_exactness import COUPLINGS, WIDTH, Stack, courses, perceptron, residual_net, spread
+from tests.test_exactness import (
+    COUPLINGS,
+    WIDTH,
+    Stack,
+    courses,
+    perceptron,
+    residual_net,
+    some,
+    spread,
+)
 
 BATCH = 64
 STREAM = BATCH * 6 * WIDTH  # elements
@@ -112,7 +121,8 @@ def test_bits_in_eval_mode(coupling: str) -> None:
 
 
 # Design's measurements of norms on the sum: 3 to 8 bits and the statistics.
-@spread("coupling, blocks", ["re2", "consistent(1/4)"], [False, True])
+@some("blocks", [False, True], slow=[True])
+@some("coupling", ["re2", "consistent(1/4)"], slow=["consistent(1/4)"])
 def test_bits_of_post_norm_chains(coupling: str, blocks: bool) -> None:
     def build(depth: int) -> nn.Module:
         torch.manual_seed(0)
@@ -130,7 +140,7 @@ def test_bits_of_post_norm_chains(coupling: str, blocks: bool) -> None:
     assert left == 0
 
 
-@pytest.mark.parametrize("kind", ["pre-norm blocks", "relu on the trunk"])
+@some("kind", ["pre-norm blocks", "relu on the trunk"], slow=["pre-norm blocks"])
 def test_re2_is_flat_in_depth(kind: str) -> None:
     def build(depth: int) -> nn.Module:
         torch.manual_seed(0)

@@ -316,6 +316,13 @@ def spread(names: str, *axes: Iterable[Any], turns: int = 1, rest: bool = True) 
     return pytest.mark.parametrize(names.split(", "), params)
 
 
+def some(name: str, values: Iterable[Any], slow: Iterable[Any]) -> Any:
+    """Parametrize by values, a few of which are slow tests."""
+    slow = set(slow)
+    params = [pytest.param(v, marks=(pytest.mark.slow,) if v in slow else ()) for v in values]
+    return pytest.mark.parametrize(name, params)
+
+
 def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 

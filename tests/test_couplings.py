@@ -421,3 +421,6 @@ def test_two_copies_draw_alike(coupling: str) -> None:
     net(torch.ones(2, 6, WIDTH))
     assert torch.equal(*states)
     assert torch.equal(torch.get_rng_state(), states[0])
+
+
+pytestmark = pytest.mark.slow  # minutes together; the fast suite keeps the grid of test_exactness

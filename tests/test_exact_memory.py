@@ -207,3 +207,6 @@ class Growing(Half):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * self.scale
+
+
+pytestmark = pytest.mark.slow  # minutes together; the fast suite keeps the grid of test_exactness

@@ -243,3 +243,6 @@ def test_hidden_states_in_the_loss(name: str) -> None:
     found = grads(rev, inputs, MODES["fp64"])
     assert len([t for t in found if t.dim() == 3]) >= 3
     assert_as_stored(rev, lambda: grads(rev, inputs, MODES["fp64"]))
+
+
+pytestmark = pytest.mark.slow  # minutes together; the fast suite keeps the grid of test_exactness

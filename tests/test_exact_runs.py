@@ -331,3 +331,6 @@ def test_a_copy_goes_on_with_the_same_bits(block: str, how: str) -> None:
     assert_same_bits(run(other, x * 3e3), run(rev, x * 3e3))
     assert_same_bits(run_stored(other, x), run(rev, x))
     assert list(other.state_dict()) == list(rev.state_dict())
+
+
+pytestmark = pytest.mark.slow  # minutes together; the fast suite keeps the grid of test_exactness

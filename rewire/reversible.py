@@ -24,7 +24,7 @@ from rewire.errors import RewireError, StreamMismatch
 from rewire.grid import OnGrid, rounded, straight
 from rewire.links import Course, Link, choose_site, find, version
 from rewire.norms import Normed, Watching
-from rewire.replay import Holdings, autocast_state
+from rewire.replay import Holdings, autocast_state, uncached_autocast
 from rewire.steps import Branch, Layout, Output, Record, Step, Tail
 from rewire.tape import Tape
 
@@ -459,7 +459,10 @@ def _step(
 def _ran(tape: Tape | None, step: Step, x: Tensor, sides: Sequence[Any]) -> Output:
     """Run a step's branch, on the tape if there is one."""
     step.branch.refresh()
-    return step.branch(x, sides) if tape is None else tape.run(step, x, sides)
+    if tape is not None:
+        return tape.run(step, x, sides)
+    with uncached_autocast():  # as on a tape: its cache adds up gradients of shared weights
+        return step.branch(x, sides)
 
 
 def _check_shape(name: str, branch: Tensor, stream: Tensor) -> None:

@@ -337,7 +337,8 @@ def _is_alone(stream: Tensor) -> bool:
 
 def _is_plain(branch: Tensor) -> bool:
     """Whether every element of a branch has memory of its own (an expanded one has not)."""
-    return branch.nbytes <= branch.untyped_storage().nbytes()
+    spread = all(step or size < 2 for size, step in zip(branch.shape, branch.stride(), strict=True))
+    return spread and branch.nbytes <= branch.untyped_storage().nbytes()
 
 
 def _drop(_: Tensor) -> None:

@@ -132,6 +132,7 @@ class _Last(NamedTuple):
 
     @classmethod
     def of(cls, step: Tensor, largest: Tensor) -> _Last:
+        """From 0-dimensional tensors."""
         on_host = step.device.type == "cpu"
         held = (float(step), float(largest)) if on_host else (step, largest)
         return cls(step.dtype, step.device, held)

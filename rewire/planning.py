@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from rewire.chaining import draft_chains, matches, name_residuals
+from rewire.chaining import draft_chains
 from rewire.coupling import Coupling, coupling_from
+from rewire.drafts import name_residuals
 from rewire.errors import CannotTrace, RewireError
 from rewire.extraction import Program, extract
 from rewire.inputs import as_example, example_for
@@ -67,42 +69,14 @@ def plan(
         >>> [len(chain) for chain in rewire.plan(torchvision.models.resnet50()).chains]
         [2, 3, 5, 2]
     """
-    for what, given, known in (
-        ("trunk", trunk, TRUNKS),
-        ("granularity", granularity, GRANULARITIES),
-        ("precision", precision, PRECISIONS),
-    ):
-        if given not in known:
-            raise ValueError(f"{what}={given!r}; choose one of {', '.join(map(repr, known))}.")
+    _check_choices(trunk=trunk, granularity=granularity, precision=precision)
     example = example_for(model) if example_inputs is None else as_example(example_inputs)
-    include, exclude = _globs(include), _globs(exclude)
+    globs = _Globs(_tuple(include), _tuple(exclude))
     with uncached_autocast():
         watched = watch(model, example.args, example.kwargs)
     found, skipped = find_residuals(watched)
-    refused: dict[str, str] = {}
-    apart: set[str] = set()  # blocks that cannot be one residual module
-
-    def keep(residual: Residual) -> Skipped | None:
-        out = matches(residual.name, exclude) or matches(residual.home, exclude)
-        chosen = not include or matches(residual.name, include) or matches(residual.home, include)
-        if out or not chosen:
-            return Skipped(residual.name, residual.where, "excluded", "left out on request")
-        if residual.home in refused:
-            detail = refused[residual.home]
-            return Skipped(residual.name, residual.where, "cannot trace", detail)
-        return None
-
-    _check_globs(watched, found, (*include, *exclude))
-    while True:
-        chains, left = draft_chains(
-            watched, found, keep, trunk, apart if granularity == "block" else None
-        )
-        failures = _failures(model, watched, chains)
-        if not failures:
-            break
-        whole = {r.home for chain in chains for r in chain if r.block}
-        apart |= failures.keys() & whole
-        refused.update((home, why) for home, why in failures.items() if home not in whole)
+    _check_globs(watched, found, (*globs.include, *globs.exclude))
+    chains, left = _traceable(model, watched, found, globs, trunk, granularity)
     plan = Plan(
         model=type(model).__qualname__,
         chains=chains,
@@ -122,8 +96,74 @@ def coupled(plan: Plan, coupling: str | Coupling | None, precision: str | None) 
     return replace(plan, chains=[replace(chain, **changed) for chain in plan.chains])
 
 
-def _globs(value: Sequence[str] | str) -> tuple[str, ...]:
+def _check_choices(**given: str) -> None:
+    known = {"trunk": TRUNKS, "granularity": GRANULARITIES, "precision": PRECISIONS}
+    for what, choice in given.items():
+        if choice not in known[what]:
+            choices = ", ".join(map(repr, known[what]))
+            raise ValueError(f"{what}={choice!r}; choose one of {choices}.")
+
+
+def _traceable(
+    model: nn.Module,
+    watched: Watched,
+    found: Sequence[Found],
+    globs: _Globs,
+    trunk: str,
+    granularity: str,
+) -> tuple[list[Chain], list[Skipped]]:
+    """Chains whose homes can all be traced and cut, and the adds left alone.
+
+    A home that cannot is left alone, and the chains are made anew without it; a block that
+    cannot be one residual module falls apart into its modules first.
+    """
+    refused: dict[str, str] = {}
+    apart: set[str] = set()
+
+    def keep(residual: Residual) -> Skipped | None:
+        if not globs.choose(residual):
+            return Skipped(residual.name, residual.where, "excluded", "left out on request")
+        if residual.home in refused:
+            detail = refused[residual.home]
+            return Skipped(residual.name, residual.where, "cannot trace", detail)
+        return None
+
+    while True:
+        blocks = apart if granularity == "block" else None
+        chains, left = draft_chains(watched, found, keep, trunk, blocks)
+        failures = _failures(model, watched, chains)
+        if not failures:
+            return chains, left
+        whole = {r.home for chain in chains for r in chain if r.block}
+        apart |= failures.keys() & whole
+        refused.update((home, why) for home, why in failures.items() if home not in whole)
+
+
+# ---- globs -------------------------------------------------------------------------------
+
+
+class _Globs(NamedTuple):
+    """Which residual modules the user wants."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    def choose(self, residual: Residual) -> bool:
+        """Whether a residual module is to be rewired."""
+        names = residual.name, residual.home
+        out = any(_matches(name, self.exclude) for name in names)
+        return not out and (not self.include or any(_matches(n, self.include) for n in names))
+
+
+def _tuple(value: Sequence[str] | str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether a qualified name, or a module above it, matches one of the globs."""
+    parts = name.split(".")
+    above = [".".join(parts[: n + 1]) for n in range(len(parts))]
+    return any(fnmatchcase(part, glob) for glob in globs for part in above)
 
 
 def _check_globs(watched: Watched, found: Sequence[Found], globs: Sequence[str]) -> None:
@@ -131,12 +171,15 @@ def _check_globs(watched: Watched, found: Sequence[Found], globs: Sequence[str])
     drafts = name_residuals(watched, found)
     names = {name for d in drafts for name in (d.residual.name, d.residual.home)}
     for glob in globs:
-        if not any(matches(name, [glob]) for name in names):
+        if not any(_matches(name, [glob]) for name in names):
             near = difflib.get_close_matches(glob, sorted(names), 3, 0) or ["none"]
             raise RewireError(
                 f"{glob!r} matches no residual module (near it: {', '.join(near)}). Names are "
                 "listed by `rewire inspect`."
             )
+
+
+# ---- homes -------------------------------------------------------------------------------
 
 
 def modules_by_home(chains: Sequence[Chain]) -> dict[str, list[Residual]]:
@@ -191,6 +234,7 @@ def program_for(
     trunk: str,
     mode: Any,
     forward: Any = None,
+    answers: Sequence[bool] = (),
 ) -> Program:
     """Trace a home and cut it at its residual adds.
 
@@ -207,5 +251,5 @@ def program_for(
             )
     forward = type(home).forward if forward is None else forward
     with uncached_autocast():  # else it would keep fake tensors for later runs
-        trace = trace_home(home, forward, arguments, residuals[0].inlined, mode)
+        trace = trace_home(home, forward, arguments, residuals[0].inlined, mode, answers)
     return extract(trace, residuals, inner, trunk)

@@ -77,6 +77,23 @@ def make_reversible(
 
     Source: Re2TAL, arXiv 2211.14053.
     """
+    _refuse_unfit(model)
+    if plan is None:
+        chosen = {"granularity": granularity, "trunk": trunk}
+        plan = make_plan(model, example_inputs, include=include, exclude=exclude, **chosen)
+    plan = coupled(plan, coupling, precision)
+    if not plan.chains:
+        raise NothingToRewire(_nearest_miss(plan))
+    _check(model, plan)
+    copies = _copied(model)
+    rev = copies[id(model)]
+    _install(rev, plan, coupling, check)
+    rev.__dict__["_rewire_plan"] = plan
+    return rev
+
+
+def _refuse_unfit(model: nn.Module) -> None:
+    """What cannot be rewired, or is already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"make_reversible takes a module, not {type(model).__name__}.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -89,24 +106,6 @@ def make_reversible(
             f"{type(model).__qualname__} is rewired already. Rewire the original, which "
             "`rewire.rewriting.restored` gives back."
         )
-    if plan is None:
-        plan = make_plan(
-            model,
-            example_inputs,
-            granularity=granularity,
-            trunk=trunk,
-            include=include,
-            exclude=exclude,
-        )
-    plan = coupled(plan, coupling, precision)
-    if not plan.chains:
-        raise NothingToRewire(_nearest_miss(plan))
-    _check(model, plan)
-    copies = _copied(model)
-    rev = copies[id(model)]
-    _install(rev, plan, coupling, check)
-    rev.__dict__["_rewire_plan"] = plan
-    return rev
 
 
 def is_rewired(model: nn.Module) -> bool:

@@ -1,0 +1,114 @@
+"""Residual adds on their way into a plan: their names, their places in their homes' code."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from rewire.plans import Residual, Skipped
+from rewire.residuals import Found, is_addition
+from rewire.watching import Watched
+
+
+@dataclass(eq=False)
+class Draft:
+    """A residual add on its way into a plan."""
+
+    found: Found
+    residual: Residual
+    previous: Draft | None = None
+    cut: str = ""  # why the chain does not come from before
+    kind: str = ""  # the same in one word
+    followers: list[Draft] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The same for each run of the same code."""
+        return self.residual.home, self.residual.add
+
+
+def name_residuals(watched: Watched, found: Sequence[Found]) -> list[Draft]:
+    """Each residual add as a `Residual`, named after the child that does most of its work."""
+    by_home: dict[int, list[Found]] = {}
+    for one in found:
+        by_home.setdefault(one.home, []).append(one)
+    drafts: list[Draft] = []
+    named: dict[tuple[str, int], str] = {}
+    for home, residuals in by_home.items():
+        inlined = _inlined(watched, home, residuals)
+        ranks = ranks_of(watched, home, inlined)
+        for one in residuals:
+            residual = _residual(watched, one, inlined, ranks)
+            key = residual.home, residual.add
+            taken = [name for other, name in named.items() if other != key]
+            if residual.name in taken:
+                residual = replace(residual, name=f"{residual.name}#{residual.add}")
+            named[key] = residual.name
+            drafts.append(Draft(one, residual))
+    return sorted(drafts, key=lambda draft: draft.found.add)
+
+
+def _inlined(watched: Watched, home: int, residuals: Sequence[Found]) -> tuple[int, ...]:
+    """Calls between a home and the code that runs its adds."""
+    depth = len(watched.calls[home].path)
+    return tuple(
+        sorted(
+            {call for one in residuals for add in one.adds for call in watched.path(add)[depth:]}
+        )
+    )
+
+
+def ranks_of(watched: Watched, home: int, inlined: tuple[int, ...]) -> dict[int, int]:
+    """The number of each tensor add in the code of a home and its inlined children."""
+    scopes = {home, *inlined}
+    ops = watched.ops
+    adds = [n for n, op in enumerate(ops) if op.scope in scopes and is_addition(op, ops)]
+    return {node: rank for rank, node in enumerate(adds)}
+
+
+def _residual(
+    watched: Watched, one: Found, inlined: tuple[int, ...], ranks: dict[int, int]
+) -> Residual:
+    home = watched.calls[one.home]
+    depth = len(home.path)
+    below = [watched.path(node)[depth:] for node in sorted(one.branch)]
+    children = [path[0] for path in below if path and path[0] not in inlined]
+    branch = tuple(dict.fromkeys(relative(watched.calls[c].name, home.name) for c in children))
+    name = home.name
+    if children:
+        child, count = Counter(children).most_common(1)[0]
+        name = watched.calls[child].name if 2 * count > len(children) else name
+    return Residual(
+        name=name or "(model)",
+        home=home.name,
+        where=watched.ops[one.add].line,
+        add=ranks[one.add],
+        skip=one.skip,
+        inlined=tuple(relative(watched.calls[c].name, home.name) for c in inlined),
+        adds=len(ranks),
+        branch=branch,
+    )
+
+
+def relative(name: str, home: str) -> str:
+    """A qualified name as its home sees it."""
+    return name[len(home) + 1 :] if home else name
+
+
+def foreign_code(watched: Watched, draft: Draft, found: Sequence[Found]) -> Skipped | None:
+    """A home whose code is read as part of another home's cannot be rewired by itself."""
+    for other in found:
+        if other.home == draft.found.home:
+            continue
+        depth = len(watched.calls[other.home].path)
+        if any(draft.found.home in watched.path(add)[depth:] for add in other.adds):
+            name = watched.calls[other.home].name
+            detail = f"its module's code holds an add of {name or 'the model'} too"
+            return skip(draft, "shared code", detail)
+    return None
+
+
+def skip(draft: Draft, reason: str, detail: str) -> Skipped:
+    """A draft as a module that is left alone."""
+    return Skipped(draft.residual.name, draft.residual.where, reason, detail)

@@ -1,0 +1,326 @@
+"""One module of a chain as it runs: its branch, the coupling, and what the user's code sees."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from rewire import drift
+from rewire.arithmetic import Coupled
+from rewire.errors import StreamMismatch
+from rewire.grid import OnGrid, rounded, straight
+from rewire.links import Course, Link, choose_site, find, version
+from rewire.norms import Normed, Watching
+from rewire.replay import autocast_state, uncached_autocast
+from rewire.steps import Branch, Layout, Output, Record, Step, Tail
+from rewire.tape import Tape
+
+
+def recording(course: Course) -> bool:
+    """Whether activations are to be dropped and recomputed.
+
+    Not where there is no graph, where the user asked for storage, or where saved-tensor
+    hooks are not allowed (torch.func transforms).
+    """
+    return (
+        torch.is_grad_enabled()
+        and not course.stored
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    )
+
+
+def open_chain(course: Course, x: Tensor) -> Link:
+    """The link at the start of a chain: both streams are `x`, rounded to the chain's grid."""
+    if not x.is_floating_point():
+        raise StreamMismatch(f"a stream must be of a floating dtype, not {x.dtype}.")
+    stream, grid = x.to(course.stream_dtype(x.dtype)), None
+    if course.precision == "fast":
+        _warn_of_half(course, x)
+    elif not _transformed():  # nothing is inverted
+        grid = course.grid.open(stream)
+        stream = straight(rounded(stream, grid), (1.0, stream))
+    tape = Tape(course.drift, stream, stream) if recording(course) else None
+    first = stream if course.coupling.merges_input else None
+    return Link(course, -1, stream, stream, tape, 0, version(x), grid=grid, first=first)
+
+
+def _transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is going on."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _warn_of_half(course: Course, x: Tensor) -> None:
+    if course.drift.warned or course.drift.check == "off":
+        return
+    half = x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)
+    if half and recording(course):
+        course.drift.warned = True
+        warnings.warn(
+            f'chain {course.name or "(model)"}: precision="fast" in half precision: one rounding '
+            "that falls otherwise in backward grows along the chain, and gradients can be wrong "
+            'by half their size. precision="exact" costs a few per cent of time and no memory.',
+            drift.DriftWarning,
+            stacklevel=2,
+        )
+
+
+def resume(course: Course, sites: Sequence[int], x: Tensor) -> tuple[int, Link]:
+    """Which module of the chain runs on `x` now, and the link it goes on from."""
+    site, link = choose_site(course, sites, find(x, course))
+    return site, open_chain(course, x) if link is None else link
+
+
+def advance(
+    link: Link,
+    site: int,
+    x: Tensor,
+    branch: Branch,
+    sides: Sequence[Any],
+    *,
+    complete: bool = True,
+) -> tuple[Tensor, Link, tuple[Any, ...]]:
+    """Run one residual module.
+
+    Args:
+        link: Where the chain stands.
+        site: The module's number in the chain.
+        x: The visible tensor: the newest stream, or T of it, in the model's dtype.
+        branch: The residual branch.
+        sides: Its side inputs.
+        complete: No normalisation of the sum follows.
+
+    Returns:
+        The visible result ([*S] in the dtype of `x`: the newest stream, or the merge after the
+        chain's last module), its link (not attached yet), and what else leaves the branch.
+    """
+    course = link.course
+    newest, older, relayout = link.streams(x)
+    if link.site < 0 and link.grid is not None:
+        x = newest.to(x.dtype)  # the branch sees the stream as backward will rebuild it
+    tape = _tape_for(link, newest, older)
+    following, grid, output = _couple(link, tape, x, (newest, older), relayout, branch, sides)
+    course.ran(site, following if tape is None else tape)
+    dtype = torch.promote_types(x.dtype, output.branch.dtype)
+    made = replace(link, site=site, newest=following, older=newest, tape=tape, grid=grid, tail=None)
+    return *_shown(made, dtype, complete), output.sideways
+
+
+def normalise(link: Link, x: Tensor, norm: NormBranch) -> tuple[Tensor, Link]:
+    """Run the normalisation T of a sum: T(z) is the newest stream then.
+
+    Args:
+        link: Where the chain stands.
+        x: The visible sum, or a view of all of it.
+        norm: The normalisation.
+
+    Returns:
+        As of `advance`.
+    """
+    z, older, relayout = link.streams(x)
+    tape = link.tape
+    if tape is not None and len(tape.steps) != link.position:
+        tape = _tape_for(link, z, older)
+    stream, grid = _normalise(link.course, tape, z, older, link.grid, norm, relayout)
+    made = replace(link, newest=stream, older=older, tape=tape, grid=grid)
+    return _shown(made, x.dtype, True)
+
+
+def _shown(link: Link, dtype: torch.dtype, complete: bool) -> tuple[Tensor, Link]:
+    """What the user's code sees of a link: the newest stream, or the merge at the chain's end."""
+    course, newest = link.course, link.newest
+    last = complete and link.site == len(course.sites) - 1
+    visible = newest
+    if last:
+        first = newest if link.first is None else link.first
+        visible = course.coupling.merge(newest, link.older, first)
+    visible = visible.to(dtype)
+    if last and visible is newest:
+        visible = newest.clone()  # the user's own; backward needs the stream
+    position = 0 if link.tape is None else len(link.tape.steps)
+    stream = alias(newest) if visible is newest else newest
+    return visible, replace(link, newest=stream, position=position, version=version(visible))
+
+
+def _couple(
+    link: Link,
+    tape: Tape | None,
+    x: Tensor,
+    streams: tuple[Tensor, Tensor],
+    relayout: tuple[Layout, Layout] | None,
+    branch: Branch,
+    sides: Sequence[Any],
+) -> tuple[Tensor, OnGrid | None, Output]:
+    """Run a branch and couple the streams: x_{i+1} with its graph, and the grid it is on."""
+    newest, older = streams
+    course, grid = link.course, link.grid
+    undo = Coupled(course.coupling, course.coupling.coefficients(newest, branch.training), grid)
+    step = _step(branch, undo, x, link.tail, relayout)
+    output = _ran(tape, step, x, sides)
+    terms = output.branch, x if output.trunk is None and link.tail is not None else output.trunk
+    _check_shape(branch.name, output.branch, newest)
+    following = undo.forward(newest, older, *terms)
+    if grid is not None:
+        coarser = course.grid.watch(following, grid)
+        if coarser is not None:
+            undo.grid = coarser
+            following = undo.forward(newest, older, *terms)
+        if tape is not None:
+            undo.keep(older)
+        following = undo.attached(following, newest, older, *terms)
+        grid = coarser or grid._replace(behind=False)
+    if tape is not None:
+        tape.commit(step, following, newest)
+    return following, grid, output
+
+
+class NormBranch:
+    """A normalisation on the trunk, as the tape sees it."""
+
+    def __init__(self, branch: Branch) -> None:
+        self.name = f"{branch.name} (normalisation)"
+        self.holdings = branch.holdings
+        self._branch = branch
+
+    @property
+    def training(self) -> bool:
+        """Whether its owner is in train mode."""
+        return self._branch.training
+
+    def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
+        """T(x), and how it ran."""
+        with Watching() as seen:
+            return Output(self._branch(x, sides).branch, None, (seen,))
+
+    def refresh(self) -> None:
+        """Look at its modules again."""
+        self._branch.refresh()
+
+
+def _normalise(
+    course: Course,
+    tape: Tape | None,
+    z: Tensor,
+    older: Tensor,
+    grid: OnGrid | None,
+    norm: NormBranch,
+    relayout: tuple[Layout, Layout] | None,
+) -> tuple[Tensor, OnGrid | None]:
+    """T(z) as the newest stream, and the grid it is on."""
+    if grid is None:  # nothing is inverted: a torch.func transform
+        return norm(z, ()).branch, None
+    undo = Normed(grid, None)
+    step = _step(norm, undo, z, None, relayout)
+    output = _ran(tape, step, z, ())
+    x = undo.forward(output.branch, z)
+    coarser = course.grid.watch(x, grid)
+    if coarser is not None:
+        undo.grid = coarser
+        x = undo.forward(output.branch, z)
+    if tape is not None:
+        undo.affine = output.sideways[0].affine(z)
+        undo.keep(x, z, unfit=coarser is not None)
+    x = straight(x, (1.0, output.branch))
+    if tape is not None:
+        tape.commit(step, x, older)
+    return x, coarser or grid
+
+
+def _step(
+    branch: Branch,
+    undo: Coupled | Normed,
+    x: Tensor,
+    tail: Tail | None,
+    relayout: tuple[Layout, Layout] | None,
+) -> Step:
+    autocast = autocast_state(x.device.type)
+    record = Record(branch.name)
+    return Step(branch, record, undo, x.dtype, x.requires_grad, tail, relayout, autocast)
+
+
+def _ran(tape: Tape | None, step: Step, x: Tensor, sides: Sequence[Any]) -> Output:
+    """Run a step's branch, on the tape if there is one."""
+    step.branch.refresh()
+    if tape is not None:
+        return tape.run(step, x, sides)
+    with uncached_autocast():  # as on a tape: its cache adds up gradients of shared weights
+        return step.branch(x, sides)
+
+
+def _check_shape(name: str, branch: Tensor, stream: Tensor) -> None:
+    """A branch has the stream's shape, or one that broadcasts to it."""
+    sizes = zip(reversed(branch.shape), reversed(stream.shape), strict=False)
+    if branch.dim() > stream.dim() or any(a not in (1, b) for a, b in sizes):
+        raise StreamMismatch(
+            f"{name}: the branch gives {list(branch.shape)}, the stream is {list(stream.shape)}. "
+            "`rewire inspect` shows the plan; keep the module out with `exclude=`."
+        )
+
+
+def follow(link: Link, x: Tensor, call: Callable[[Tensor], Tensor]) -> tuple[Tensor, Link]:
+    """Run an activation T on the trunk; the next module has x_i and T(x_i)."""
+    record = Record(f"{link.course.sites[link.site]} (trunk)")
+    tail = Tail(call, record, x.dtype, autocast_state(x.device.type))
+    if link.tape is None or len(link.tape.steps) != link.position:
+        result = call(x)
+    else:
+        result = link.tape.follow(tail, x)
+    made = replace(link, version=version(result), tail=tail)
+    return result, made
+
+
+class _Alias(torch.autograd.Function):
+    """The same values and the same place in the graph, as another tensor that is no view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def alias(x: Tensor) -> Tensor:
+    """`x` under another tensor object.
+
+    Links hang on visible tensors and hold streams. Were these the same objects, each link
+    would keep the one before it, and with it the whole past; a view would keep its base.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return x.view_as(x)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.detach()
+    result: Tensor = _Alias.apply(x)
+    return result
+
+
+def _tape_for(link: Link, newest: Tensor, older: Tensor) -> Tape | None:
+    """The link's tape, or a new one that begins here where another run has gone on with it."""
+    if not recording(link.course):
+        return None
+    if link.tape is not None and len(link.tape.steps) == link.position:
+        return link.tape
+    tape = Tape(link.course.drift, newest, older)
+    tape.begins_equal = False
+    return tape
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x` with every element its own and no gaps between them: streams are laid out so."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x

@@ -1,0 +1,159 @@
+"""What stands on the trunk between two residual sums, and whether a chain goes on over it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rewire.drafts import Draft
+from rewire.residuals import Found, trunk_kind
+from rewire.watching import Watched
+
+
+def link(watched: Watched, draft: Draft, drafts: dict[int, Draft], trunk: str) -> None:
+    """Decide whether a residual module goes on from the one whose sum is its skip."""
+    found = draft.found
+    previous = drafts.get(found.previous.add) if found.previous else None
+    if previous is None:
+        draft.kind, draft.cut = _why_first(watched, found)
+        _start(watched, draft)
+        return
+    norm = _norm_on(watched, previous.found, found.trunk)
+    zones = _zones(watched, found, previous.found, norm)
+    obstacle = _obstacle(watched, found, zones)
+    if obstacle:
+        draft.kind, draft.cut = obstacle
+        _start(watched, draft)
+        return
+    same_home = previous.found.home == found.home
+    kinds = {kind for part in zones.values() for kind in part}
+    head = "elementwise" in zones["head"] and not (trunk == "inside" and same_home)
+    tail = "elementwise" in zones["tail"]
+    draft.residual = replace(
+        draft.residual,
+        entry="home" if same_home else "outside",
+        trunk="activation" if "elementwise" in kinds else "view" if "view" in kinds else "identity",
+        head=head,
+    )
+    previous.residual = replace(
+        previous.residual,
+        tail=previous.residual.tail or tail,
+        norm=previous.residual.norm or bool(norm),
+        leads=previous.residual.leads or not same_home,
+    )
+    draft.previous = previous
+    previous.followers.append(draft)
+
+
+def _start(watched: Watched, draft: Draft) -> None:
+    """Note how a residual module starts its chain."""
+    found = draft.found
+    head = any(node > found.fork for node in found.trunk)
+    draft.residual = replace(draft.residual, entry="fork", head=head)
+
+
+def _zones(
+    watched: Watched, found: Found, previous: Found, norm: Sequence[int]
+) -> dict[str, list[str]]:
+    """Kinds of the operations between two sums but for a norm on the first, by whose code."""
+    zones: dict[str, list[str]] = {"tail": [], "between": [], "head": []}
+    for node in found.trunk[len(norm) :]:
+        path = watched.path(node)
+        zone = "head" if found.home in path else "tail" if previous.home in path else "between"
+        zones[zone].append(trunk_kind(watched, node))
+    return zones
+
+
+def _obstacle(
+    watched: Watched, found: Found, zones: dict[str, list[str]]
+) -> tuple[str, str] | None:
+    """What on the trunk keeps two modules from being one chain: a kind, and in words."""
+    kinds = [kind for zone in zones.values() for kind in zone]
+    if "norm" in kinds:
+        return "post-norm", "a normalisation stands between them, not alone behind the first sum"
+    if "elementwise" in zones["between"] or "cast" in kinds:
+        return (
+            "trunk",
+            "an activation, scale, cast or copy stands between the two modules, in neither's code",
+        )
+    if zones["tail"] != sorted(zones["tail"]) or zones["head"] != sorted(zones["head"])[::-1]:
+        return "trunk", "views and activations alternate on the trunk"
+    views = [node for node in found.trunk if trunk_kind(watched, node) == "view"]
+    if any(node > found.fork for node in views):
+        return "trunk", "the branch starts before a view of its skip"
+    return None
+
+
+# ---- normalisations on the trunk -----------------------------------------------------------
+
+
+def _norm_on(watched: Watched, found: Found, following: Sequence[int]) -> list[int]:
+    """The operations up to the normalisation that a home calls on its sum, first of `following`.
+
+    Views of the sum, then one call of a child that normalises and does nothing else but views
+    and casts, or the operation itself in the home's own code. Nothing else reads the sum.
+    """
+    start = 0
+    callers = [_caller(watched, found, node) for node in following]
+    while start < len(callers) and callers[start] == ("op", following[start]):
+        if trunk_kind(watched, following[start]) != "view":
+            break
+        start += 1
+    pairs = zip(following, callers, strict=True)
+    group = [node for node, caller in pairs if callers[start:][:1] == [caller]]
+    kinds = [trunk_kind(watched, node) for node in group]
+    if kinds.count("norm") != 1 or not set(kinds) <= {"norm", "view", "cast"}:
+        return []
+    way = list(following[: start + len(group)])
+    own = all(found.home in watched.path(node) for node in way)
+    read = all(
+        set(watched.graph.successors(a)) == {b}
+        for a, b in itertools.pairwise([found.add, *way[: start + 1]])
+    )
+    return way if way[start:] == group and own and read else []
+
+
+def _caller(watched: Watched, found: Found, node: int) -> tuple[str, int]:
+    """The child of a home in whose call an operation runs, or the operation itself."""
+    path = watched.path(node)
+    depth = path.index(found.home) + 1 if found.home in path else len(path)
+    return ("call", path[depth]) if len(path) > depth else ("op", node)
+
+
+def last_norm(watched: Watched, draft: Draft) -> Draft:
+    """A chain of post-norm modules ends with the norm on its last sum."""
+    found, way = draft.found, []
+    node = found.add
+    while len(users := list(watched.graph.successors(node))) == 1:
+        node = users[0]
+        if trunk_kind(watched, node) not in ("view", "cast", "norm"):
+            break
+        way.append(node)
+    if _norm_on(watched, found, way):
+        draft.residual = replace(draft.residual, norm=True)
+    return draft
+
+
+# ---- starts ------------------------------------------------------------------------------
+
+
+def _why_first(watched: Watched, found: Found) -> tuple[str, str]:
+    """Why no residual sum leads to this skip."""
+    if found.previous is not None:
+        return "neighbour", f"{watched.module(found.previous.add)} before it is left alone"
+    stop = found.stop
+    if stop is None:
+        return "first", "nothing residual comes before it"
+    op = watched.ops[stop]
+    where = watched.module(stop) or "the model"
+    if trunk_kind(watched, stop) == "norm" or _is_norm(watched, stop):
+        return "post-norm", f"{op.name} in {where} stands on the trunk before it"
+    return "first", f"its skip is the result of {op.name} in {where}"
+
+
+def _is_norm(watched: Watched, stop: int) -> bool:
+    """A normalisation spelled out in Python: a scaled value times its inverse deviation."""
+    module = watched.ops[stop].scope
+    names = {op.name for op in watched.ops[max(0, stop - 12) : stop + 1] if op.scope == module}
+    return "rsqrt" in names and bool({"mean", "var"} & names)

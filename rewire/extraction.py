@@ -30,12 +30,28 @@ from rewire.traces import (
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """The code around the branches up to a question whether a tensor is true, or to the end.
+
+    Attributes:
+        function: (home, run, *constants, *leaves, *values) -> values, or leaves of the result.
+        takes: Names of the values that it reads from the stretches before.
+        gives: Names of the values it adds to them; the last is the question.
+        answer: What the code behind assumes; None at the end.
+    """
+
+    function: Callable[..., Any]
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+    answer: bool | None
+
+
+@dataclass(frozen=True)
 class Program:
     """A home's forward in two-stream form, for inputs that decide alike.
 
     Attributes:
-        outer: (home, run, *constants, *leaves) -> leaves of the result; calls `run.step` and
-            `run.follow`.
+        outer: The code around the branches; calls `run.step`, `run.normalise`, `run.follow`.
         branches: By number of the residual module in the home.
         norms: By number: the normalisation of the sum, or None.
         tails: By number: the activation behind the sum, (home, x) -> T(x), or None.
@@ -47,7 +63,7 @@ class Program:
             inside: the program is then good for these only.
     """
 
-    outer: Callable[..., Any]
+    outer: tuple[Stretch, ...]
     branches: tuple[BranchCode, ...]
     norms: tuple[BranchCode | None, ...]
     tails: tuple[Callable[..., Any] | None, ...]
@@ -57,8 +73,11 @@ class Program:
     decided: tuple[Any, ...]
     shapes: tuple[Any, ...] | None
 
-    def suits(self, home: Any, leaves: Sequence[Any]) -> bool:
-        """Whether the code's decisions are the same for these arguments."""
+    def suits(self, home: Any, leaves: Sequence[Any], answers: Sequence[bool]) -> bool:
+        """Whether the code's decisions are the same for these arguments and first answers."""
+        assumed = [stretch.answer for stretch in self.outer[: len(answers)]]
+        if assumed != list(answers):
+            return False
         if self.shapes is not None and self.shapes != shapes_of(leaves):
             return False
         if self.decide is None:
@@ -99,10 +118,11 @@ def extract(
     _sink(trace, pieces)
     _check_mutations(trace, pieces)
     _check_exits(trace, pieces, homes)
+    _check_questions(trace, pieces)
     branches = tuple(piece.branch_code() for piece in pieces)
     norms = tuple(piece.norm_code() for piece in pieces)
     tails = tuple(piece.tail_code() for piece in pieces)
-    outer = _Outer(trace, pieces).code()
+    outer = _Outer(trace, pieces).stretches()
     decide, decided, shapes = _decisions(trace)
     constants = tuple(trace.constants.values())
     return Program(outer, branches, norms, tails, trace.result, constants, decide, decided, shapes)
@@ -113,56 +133,77 @@ class _Outer:
 
     def __init__(self, trace: Trace, pieces: list[Piece]) -> None:
         self.trace = trace
-        self.graph = fx.Graph()
-        self.run = self.graph.placeholder("run")
-        self.copies: dict[fx.Node, fx.Node] = {}
-        self.hidden: dict[fx.Node, int] = {}
+        self.needed = needed_nodes(trace)
+        self.known: list[fx.Node] = []  # what the stretches before have computed
+        self.hidden: dict[fx.Node, int] = {}  # a branch's nodes, with its number
+        self.tails: dict[fx.Node, int] = {}
         self.pieces = pieces
         self.emitted: set[int] = set()
         self.norms = {piece.norm: n for n, piece in enumerate(pieces) if piece.norm is not None}
         for number, piece in enumerate(pieces):
-            self.hidden.update(dict.fromkeys(piece.hidden, number))
+            self.tails |= dict.fromkeys(piece.tail, number)
+            self.hidden |= dict.fromkeys(piece.hidden.difference(piece.tail), number)
+        self._begin()
 
-    def code(self) -> Callable[..., Any]:
-        """The function (home, run, *constants, *leaves)."""
-        for node in (*self.trace.constants, *self.trace.inputs):
-            self.copies[node] = self.graph.node_copy(node)
-        needed = needed_nodes(self.trace)
+    def _begin(self) -> None:
+        """A new graph, which takes all that is known."""
+        self.graph = fx.Graph()
+        self.run = self.graph.placeholder("run")
+        arguments = (*self.trace.constants, *self.trace.inputs)
+        self.copies = {node: self.graph.node_copy(node) for node in arguments}
+        self.taken = {node: self.graph.placeholder(f"known_{node.name}") for node in self.known}
+        self.copies |= self.taken
+
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The code from question to question."""
+        found = []
         for node in self.trace.graph.nodes:
-            if node in needed and node not in self.hidden:
+            if node in self.needed and node not in self.hidden:
                 self._emit(node)
+            if node in self.trace.asked:
+                arguments = {*self.trace.constants, *self.trace.inputs, *self.known}
+                new = [copied for copied in self.copies if copied not in arguments | {node}]
+                found.append(self._end([*new, node], self.trace.asked[node]))
+                self.known += new
+                self._begin()
         outputs = [
             self._emit(output) if isinstance(output, fx.Node) else output
             for output in self.trace.outputs
         ]
         self.graph.output(tuple(outputs))
-        return compiled(self.graph)[0]
+        return (*found, self._compiled((), None))
+
+    def _end(self, new: Sequence[fx.Node], answer: bool) -> Stretch:
+        self.graph.output(tuple(self.copies[node] for node in new))
+        return self._compiled(tuple(node.name for node in new), answer)
+
+    def _compiled(self, gives: tuple[str, ...], answer: bool | None) -> Stretch:
+        for copied in self.taken.values():
+            if not copied.users:
+                self.graph.erase_node(copied)
+        takes = tuple(node.name for node, copied in self.taken.items() if copied.users)
+        return Stretch(compiled(self.graph)[0], takes, gives, answer)
 
     def _emit(self, node: fx.Node) -> fx.Node:
         """The copy of a node, after whatever it reads: a branch's values come with its step."""
-        if node in self.norms and node not in self.copies:
-            return self._emit_norm(node)
-        if node not in self.copies:
-            number = self.hidden.get(node)
-            if number is not None:
-                self._emit_before(number)
-                if node not in self.copies:
-                    raise CannotTrace(
-                        f"{self.pieces[number].residual.name} and another residual module read "
-                        "values of each other's branches"
-                    )
-                return self.copies[node]
+        if node in self.copies:
+            return self.copies[node]
+        if node in self.norms:
+            self._emit_norm(node)
+        elif node in self.tails:
+            self._emit_tail(self.tails[node])
+        elif node in self.hidden:
+            self._emit_step(self.hidden[node])
+        else:
             for source in node.all_input_nodes:
                 self._emit(source)
             self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
+        if node not in self.copies:
+            raise CannotTrace(
+                f"{self.pieces[self.hidden[node]].residual.name} and another residual module read "
+                "values of each other's branches"
+            )
         return self.copies[node]
-
-    def _emit_before(self, number: int) -> None:
-        """Emit the step whose values are asked for, with its norm where a tail follows that."""
-        self._emit_step(number)
-        norm = self.pieces[number].norm
-        if norm is not None and norm not in self.copies:
-            self._emit(norm)
 
     def _emit_step(self, number: int) -> None:
         if number in self.emitted:
@@ -174,26 +215,20 @@ class _Outer:
         leaving = [piece.sum, *piece.sideways()]
         for position, node in enumerate(leaving):
             self.copies[node] = self.graph.call_function(operator.getitem, (step, position))
-        for node in piece.adds[1:]:
-            self.copies[node] = self.copies[piece.sum]
-        if piece.norm is None:
-            self._emit_tail(number, self.copies[piece.sum])
+        self.copies |= dict.fromkeys(piece.adds[1:], self.copies[piece.sum])
 
-    def _emit_norm(self, node: fx.Node) -> fx.Node:
-        number = self.norms[node]
+    def _emit_norm(self, node: fx.Node) -> None:
         x = self._emit(only_operand(self.trace, node))
-        if node in self.copies:  # it came with its step
-            return self.copies[node]
-        self.copies[node] = self.graph.call_method("normalise", (self.run, number, x))
-        self._emit_tail(number, self.copies[node])
-        return self.copies[node]
+        if node not in self.copies:  # it came with its step
+            number = self.norms[node]
+            self.copies[node] = self.graph.call_method("normalise", (self.run, number, x))
 
-    def _emit_tail(self, number: int, result: fx.Node) -> None:
+    def _emit_tail(self, number: int) -> None:
         piece = self.pieces[number]
-        if piece.tail and not piece.tail_inside:
-            result = self.graph.call_method("follow", (self.run, number, result))
-        for node in piece.tail:
-            self.copies[node] = result
+        x = self._emit(piece.norm or piece.sum)
+        if not piece.tail_inside:
+            x = self.graph.call_method("follow", (self.run, number, x))
+        self.copies |= dict.fromkeys(piece.tail, x)
 
 
 def _sink(trace: Trace, pieces: list[Piece]) -> None:
@@ -261,6 +296,17 @@ def _check_exits(trace: Trace, pieces: list[Piece], homes: Collection[str]) -> N
         if not found:
             raise CannotTrace(
                 f"something stands between the sum of {piece.residual.name} and the home's result"
+            )
+
+
+def _check_questions(trace: Trace, pieces: list[Piece]) -> None:
+    """A branch runs as a whole: no value inside one can decide how it goes on."""
+    read = ancestors(trace.asked, until={piece.sum for piece in pieces})
+    for piece in pieces:
+        if read & piece.region:
+            raise CannotTrace(
+                f"its forward decides by the values of a tensor in the branch of "
+                f"{piece.residual.name}"
             )
 
 

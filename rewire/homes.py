@@ -19,21 +19,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.errors import CannotTrace, StreamMismatch
-from rewire.extraction import Program
+from rewire.extraction import Program, Stretch
 from rewire.links import Course, attach, find
 from rewire.pieces import BranchCode
 from rewire.planning import program_for
 from rewire.plans import Residual
 from rewire.replay import Holdings, autocast_state
-from rewire.reversible import (
-    NormBranch,
-    ReversibleSequential,
-    advance,
-    dense,
-    follow,
-    normalise,
-    resume,
-)
+from rewire.reversible import ReversibleSequential
+from rewire.running import NormBranch, advance, dense, follow, normalise, resume
 from rewire.steps import Branch, Output
 from rewire.structure import flatten, unflatten
 
@@ -151,15 +144,30 @@ class HomeState:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "programs": {}, "bound": {}, "norms": {}}
 
-    def program(self, home: nn.Module, arguments: Any, leaves: list[Any], spec: Any) -> Program:
-        """The program for these arguments, traced where there is none yet."""
+    def program(
+        self,
+        home: nn.Module,
+        arguments: Any,
+        leaves: list[Any],
+        spec: Any,
+        answers: Sequence[bool] = (),
+    ) -> Program:
+        """The program for these arguments, traced where there is none yet.
+
+        Args:
+            home: The module.
+            arguments: (args, kwargs).
+            leaves: Those of the arguments.
+            spec: Their structure.
+            answers: To the first questions of the code whether a tensor is true.
+        """
         modes = torch.is_grad_enabled(), autocast_state("cpu"), torch.is_autocast_enabled("cuda")
         key = (spec, modes, self._fingerprint(home))
         programs = self.programs.setdefault(key, [])
         for program in programs:
-            if program.suits(home, leaves):
+            if program.suits(home, leaves, answers):
                 return program
-        program = self._trace(home, arguments)
+        program = self._trace(home, arguments, answers)
         if sum(map(len, self.programs.values())) >= _MOST_PROGRAMS:
             self.programs.clear()
             self.bound.clear()
@@ -180,18 +188,27 @@ class HomeState:
             marks.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
         return tuple(marks)
 
-    def _trace(self, home: nn.Module, arguments: Any) -> Program:
-        original = original_class(type(home))
-        settings = (self.residuals, self.inner, self.trunk)
+    def _trace(self, home: nn.Module, arguments: Any, answers: Sequence[bool]) -> Program:
+        forward = original_class(type(home)).forward
+        trace = partial(
+            program_for,
+            home,
+            arguments,
+            self.residuals,
+            self.inner,
+            self.trunk,
+            forward=forward,
+            answers=answers,
+        )
         leaves = flatten(arguments)[0]
         fake = next((leaf for leaf in leaves if isinstance(leaf, FakeTensor)), None)
         mode = FakeTensorMode(allow_non_fake_inputs=True) if fake is None else fake.fake_mode
         with plain_homes(), hidden_chains(home):
             try:
-                return program_for(home, arguments, *settings, mode, original.forward)
+                return trace(mode=mode)
             except CannotTrace as error:
                 try:
-                    return program_for(home, arguments, *settings, None, original.forward)
+                    return trace(mode=None)
                 except CannotTrace:
                     where = self.residuals[0].home or "the model"
                     raise CannotTrace(
@@ -301,10 +318,36 @@ def run_home(home: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         with hidden_chains(home):
             return original_class(type(home)).forward(home, *args, **kwargs)
     leaves, spec = flatten((args, kwargs))
-    program = state.program(home, (args, kwargs), leaves, spec)
-    run = HomeRun(home, state, program)
-    results = program.outer(home, run, *program.constants, *leaves)
-    return unflatten(program.result, results)
+    programs = partial(state.program, home, (args, kwargs), leaves, spec)
+    program = programs()
+    known: dict[str, Any] = {}
+    answers: list[bool] = []
+    while True:
+        stretch = program.outer[len(answers)]
+        results = stretch.function(
+            home,
+            HomeRun(home, state, program),
+            *program.constants,
+            *leaves,
+            *_taken(home, stretch, known),
+        )
+        if stretch.answer is None:
+            return unflatten(program.result, results)
+        known.update(zip(stretch.gives, results, strict=True))
+        answers.append(results[-1])
+        if answers[-1] != stretch.answer:
+            program = programs(answers)
+
+
+def _taken(home: nn.Module, stretch: Stretch, known: dict[str, Any]) -> list[Any]:
+    missing = [name for name in stretch.takes if name not in known]
+    if missing:
+        raise CannotTrace(
+            f"{type(home).__qualname__}: decides by the values of a tensor, and goes on with "
+            f"{missing[0]}, which was computed inside a residual branch. Keep it out with "
+            "`exclude=`."
+        )
+    return [known[name] for name in stretch.takes]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from rewire.traces import (
     is_after_effect,
     is_whole_view,
     only_operand,
+    readers,
     same_value,
     storage_of,
     tensor_operands,
@@ -80,7 +81,8 @@ class Piece:
         self._check_entry(before, homes)
         inside = trunk == "inside"
         self.norm = self._find_norm() if residual.norm else None
-        self.tail = self._find_tail() if residual.tail or inside else []
+        decided = bool(trace.asked) and residual.leads
+        self.tail = self._find_tail() if residual.tail or inside or decided else []
         self.tail_inside = inside
 
     def _take_sum(self) -> tuple[fx.Node, list[fx.Node], list[fx.Node]]:
@@ -188,7 +190,7 @@ class Piece:
         tail: list[fx.Node] = []
         node = self.norm or self.sum
         while True:
-            users = [user for user in node.users if not is_after_effect(user)]
+            users = readers(self.trace, node)
             if len(users) != 1 or not is_activation(self.trace, users[0]):
                 break
             node = users[0]
@@ -305,21 +307,16 @@ def _copy_tail(
     if fresh and tail:
         x = graph.call_function(torch.clone, (x,))
     for node in tail:
-        constants = [n for n in node.all_input_nodes if n not in trace.varying]
-        copies = _copy_constants(graph, constants)
-        copies.update(dict.fromkeys(set(node.all_input_nodes) - set(constants), x))
+        source = only_operand(trace, node)
+        inner = ancestors([node], until=[source])
+        if outside := [n for n in inner if n.op == "placeholder"]:
+            raise CannotTrace(f"{node.target}, behind a sum, reads {outside[0].name} too")
+        copies = {source: x}
+        for between in trace.graph.nodes:
+            if between in inner:
+                copies[between] = graph.node_copy(between, copies.__getitem__)
         x = graph.node_copy(node, copies.__getitem__)
     return x
-
-
-def _copy_constants(graph: fx.Graph, nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Copy nodes that depend on no argument, with all they read."""
-    copies: dict[fx.Node, fx.Node] = {}
-    needed = ancestors(nodes) | set(nodes)
-    for node in nodes[0].graph.nodes if nodes else ():
-        if node in needed:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    return copies
 
 
 def compiled(graph: fx.Graph) -> tuple[Callable[..., Any], str]:

@@ -28,6 +28,9 @@ class HintTracer(Protocol):
     def guard(self, node: fx.Node, value: Any) -> Any:
         """Note a decision."""
 
+    def ask(self, node: fx.Node) -> bool:
+        """Note a decision by the value of a tensor."""
+
     def plainly(self) -> AbstractContextManager[None]:
         """What runs in here is not the traced code."""
 
@@ -77,6 +80,8 @@ class HintProxy(fx.Proxy):
         return self.tracer.guard(decided.node, value)  # type: ignore[attr-defined]
 
     def __bool__(self) -> bool:
+        if isinstance(self.hint, Tensor):
+            return self.tracer.ask(self.node)  # type: ignore[attr-defined,no-any-return]
         return self._decide(bool)  # type: ignore[no-any-return]
 
     def __len__(self) -> int:

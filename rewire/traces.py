@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ class Trace:
         outputs: A node or constant for each leaf of the result.
         result: Structure of the result.
         guards: Nodes whose values decided something, with the values.
+        asked: Nodes that ask for the truth of a tensor, with the answers the code went on with.
         constants: Placeholders that stand for objects the code reads, with the objects.
         mutations: For each node, the tensors (storages) it changes in place.
         adds: Nodes that add two floating tensors, in order.
@@ -36,6 +37,7 @@ class Trace:
     outputs: list[Any] = field(default_factory=list)
     result: Spec = None
     guards: list[tuple[fx.Node, Any]] = field(default_factory=list)
+    asked: dict[fx.Node, bool] = field(default_factory=dict)
     constants: dict[fx.Node, Any] = field(default_factory=dict)
     mutations: dict[fx.Node, set[int]] = field(default_factory=dict)
     adds: list[fx.Node] = field(default_factory=list)
@@ -71,6 +73,7 @@ _PURE = (operator.getitem, getattr, len, bool, int, float, operator.index)
 def needed_nodes(trace: Trace) -> set[fx.Node]:
     """Nodes that are read or do something: unread attributes, items and sizes are left out."""
     needed: set[fx.Node] = {output for output in trace.outputs if isinstance(output, fx.Node)}
+    needed.update(trace.asked)
     for node in reversed(list(trace.graph.nodes)):
         pure = node.op in ("placeholder", "get_attr") or is_after_effect(node)
         pure = pure or (node.op == "call_function" and node.target in _PURE)
@@ -80,16 +83,31 @@ def needed_nodes(trace: Trace) -> set[fx.Node]:
     return needed
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
-    """All nodes that `nodes` depend on."""
+def ancestors(nodes: Iterable[fx.Node], until: Collection[fx.Node] = ()) -> frozenset[fx.Node]:
+    """All nodes that `nodes` depend on, stopping at `until`."""
     found: set[fx.Node] = set()
     todo = [source for node in nodes for source in node.all_input_nodes]
     while todo:
         node = todo.pop()
-        if node not in found:
+        if node not in found and node not in until:
             found.add(node)
             todo.extend(node.all_input_nodes)
     return frozenset(found)
+
+
+def readers(trace: Trace, node: fx.Node) -> list[fx.Node]:
+    """Users of a tensor but for those that only ask what it is like or whether it is true."""
+    asking: set[fx.Node] = set(trace.asked)
+    for user in reversed(list(trace.graph.nodes)):
+        idle = user not in trace.mutations and user not in trace.outputs
+        if user.users and idle and asking.issuperset(user.users):
+            asking.add(user)
+    forms = {
+        user
+        for user in node.users
+        if user.target is getattr and not isinstance(trace.hints[user], Tensor)
+    }
+    return [u for u in node.users if not is_after_effect(u) and u not in asking | forms]
 
 
 def is_after_effect(node: fx.Node) -> bool:

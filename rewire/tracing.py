@@ -2,7 +2,8 @@
 
 Every proxy knows the value it had in one run on fake tensors (its hint). Python decisions
 are taken from the hint and recorded as guards, so a trace is good for every input that
-would decide alike. Children are leaves: called, never looked into.
+would decide alike. Whether a tensor is true is not known then: the answer is assumed, and asked
+for again where the code runs. Children are leaves: called, never looked into.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rewire.watching import ADDITIONS, as_fake, watched_calls
 # Functions without tensor arguments, which torch would not hand to a proxy.
 _FACTORIES = """arange empty eye full linspace ones rand randint randn tensor zeros
     finfo iinfo""".split()
+_MOST_ANSWERS = 8
 _TRACING = threading.Lock()  # fx graphs are built under patches of torch's own names
 
 
@@ -43,6 +45,7 @@ def trace_home(
     arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
     inlined: Sequence[str],
     mode: FakeTensorMode | None,
+    answers: Sequence[bool] = (),
 ) -> Trace:
     """Trace `forward` of a home on one call's arguments.
 
@@ -52,6 +55,7 @@ def trace_home(
         arguments: (args, kwargs) of a call, real or fake.
         inlined: Names, relative to the home, of children to look into.
         mode: Run on fake tensors of this mode; None: on the real ones.
+        answers: To the code's first questions whether a tensor is true; later ones: True.
 
     Raises:
         CannotTrace: With the reason.
@@ -64,7 +68,7 @@ def trace_home(
             leaves = [as_fake(mode, leaf) for leaf in leaves]
             stack.enter_context(mode)
             _gather_shards(home)
-        tracer = _Tracer(home, {home.get_submodule(name) for name in inlined} | {home})
+        tracer = _Tracer(home, {home.get_submodule(name) for name in inlined} | {home}, answers)
         stack.enter_context(tracer.patches())
         try:
             return tracer.run(forward, leaves, spec)
@@ -78,12 +82,13 @@ def trace_home(
 class _Tracer(fx.proxy.TracerBase):
     """Builds a `Trace`."""
 
-    def __init__(self, home: nn.Module, inlined: set[nn.Module]) -> None:
+    def __init__(self, home: nn.Module, inlined: set[nn.Module], answers: Sequence[bool]) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.trace = Trace(self.graph)
         self.home = home
         self.evaluating = False
+        self._answers = answers
         self._inlined = {id(module) for module in inlined}
         self._names = {id(module): name for name, module in home.named_modules()}
         self._attributes = dict(_tensor_attributes(home))
@@ -266,6 +271,16 @@ class _Tracer(fx.proxy.TracerBase):
         """Note a decision."""
         self.trace.guards.append((node, value))
         return value
+
+    def ask(self, node: fx.Node) -> bool:
+        """Assume whether a tensor is true; the code around the branches will ask."""
+        asked = self.trace.asked
+        if len(asked) == _MOST_ANSWERS:
+            raise CannotTrace(f"its forward decides by values of tensors over {len(asked)} times")
+        answer = self._answers[len(asked)] if len(asked) < len(self._answers) else True
+        question = self.graph.call_function(bool, (node,))
+        self.trace.hints[question] = asked[question] = answer
+        return answer
 
     @staticmethod
     def _state() -> Any:

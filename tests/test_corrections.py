@@ -17,17 +17,9 @@ from rewire import norms
 from rewire.corrections import Columns, Digits, pack, unpack
 from rewire.grid import Grid, OnGrid
 from rewire.norms import Affine, Normed
+from tests.exactness import assert_exact, courses, spread
+from tests.networks import MODES, WIDTH, Stack, perceptron, rows
 from tests.specimens import ChannelNorm
-from tests.test_exactness import (
-    MODES,
-    WIDTH,
-    Stack,
-    assert_exact,
-    courses,
-    perceptron,
-    rows,
-    spread,
-)
 
 WIDTHS = range(1, 17)
 

@@ -19,22 +19,18 @@ from torch import Tensor, nn
 import rewire
 from rewire.coupling import Coefficients, Coupling, coupling_from
 from rewire.reversible import ReversibleSequential
-from tests.test_exactness import (
+from tests.exactness import assert_exact, courses, run, run_stored, spread
+from tests.networks import (
     COUPLINGS,
     MODES,
     WIDTH,
     SelfAttention,
     Stack,
-    assert_exact,
     convolutions,
-    courses,
     perceptron,
     pictures,
     residual_net,
     rows,
-    run,
-    run_stored,
-    spread,
     transformer,
 )
 
@@ -421,6 +417,3 @@ def test_two_copies_draw_alike(coupling: str) -> None:
     net(torch.ones(2, 6, WIDTH))
     assert torch.equal(*states)
     assert torch.equal(torch.get_rng_state(), states[0])
-
-
-pytestmark = pytest.mark.slow  # minutes together; the fast suite keeps the grid of test_exactness

@@ -18,25 +18,20 @@ import rewire
 from rewire import tape
 from rewire.corrections import Columns, Digits
 from rewire.drift import DriftWarning
-from tests.faults import Noise
-from tests.test_exact_grid import Scaled
-from tests.test_exactness import (
-    COUPLINGS,
-    WIDTH,
-    Stack,
+from tests.exactness import (
     assert_as_stored,
     assert_same_bits,
     by_autograd,
     courses,
-    perceptron,
-    rows,
     run,
     run_stored,
     same,
     some,
     spread,
-    transformer,
 )
+from tests.faults import Noise
+from tests.networks import COUPLINGS, WIDTH, Stack, perceptron, rows, transformer
+from tests.test_exact_grid import Scaled
 
 DEPTH = 4
 Plant = Callable[[nn.Module], AbstractContextManager[Any]]

@@ -19,21 +19,9 @@ from rewire import drift
 from rewire.drift import watch_reconstruction
 from rewire.grid import Grid, reach, rounded
 from rewire.reversible import ReversibleSequential
+from tests.exactness import assert_exact, plan_of, run, run_stored, same, spread
+from tests.networks import COUPLINGS, MODES, WIDTH, perceptron, rows, transformer
 from tests.test_exact_runs import BLOCKS, Net, blocks_of
-from tests.test_exactness import (
-    COUPLINGS,
-    MODES,
-    WIDTH,
-    assert_exact,
-    perceptron,
-    plan_of,
-    rows,
-    run,
-    run_stored,
-    same,
-    spread,
-    transformer,
-)
 
 every_block = pytest.mark.parametrize("block", BLOCKS)
 

@@ -13,17 +13,9 @@ from torch import Tensor, nn
 import rewire
 from rewire.profiling import LiveBytes, no_collection, profile
 from rewire.reversible import ReversibleSequential
+from tests.exactness import courses, some, spread
+from tests.networks import COUPLINGS, WIDTH, Stack, perceptron, residual_net
 from tests.test_exact_runs import Net, PostNorm, PreNorm
-from tests.test_exactness import (
-    COUPLINGS,
-    WIDTH,
-    Stack,
-    courses,
-    perceptron,
-    residual_net,
-    some,
-    spread,
-)
 
 BATCH = 64
 STREAM = BATCH * 6 * WIDTH  # elements
@@ -207,6 +199,3 @@ class Growing(Half):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * self.scale
-
-
-pytestmark = pytest.mark.slow  # minutes together; the fast suite keeps the grid of test_exactness

@@ -11,20 +11,13 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.detr.modeling_detr import DetrEncoder
 
 import rewire
 from rewire.drift import watch_reconstruction
 from rewire.structure import tensors_of
-from tests.test_exactness import (
-    MODES,
-    Mode,
-    assert_as_stored,
-    assert_same_bits,
-    by_autograd,
-    courses,
-    some,
-    spread,
-)
+from tests.exactness import assert_as_stored, assert_same_bits, by_autograd, courses, some, spread
+from tests.networks import MODES, Mode
 
 TOLERANCE = 1e-10
 SIZES = {
@@ -120,6 +113,21 @@ def decoder(norm_first: bool) -> nn.Module:
     return nn.TransformerDecoder(layer, 2)
 
 
+def detr() -> nn.Module:
+    """DETR's encoder, post-norm; in train mode it asks whether its values are finite."""
+    return DetrEncoder(
+        transformers.DetrConfig(
+            d_model=16, encoder_layers=2, encoder_ffn_dim=32, encoder_attention_heads=2
+        )
+    )
+
+
+def pixels() -> dict[str, Tensor]:
+    """[2, 6, 16] with positions."""
+    positions = torch.randn(2, 6, 16)
+    return {"inputs_embeds": torch.randn(2, 6, 16), "spatial_position_embeddings": positions}
+
+
 def source() -> dict[str, Tensor]:
     """[2, 6, 16]."""
     return {"src": torch.randn(2, 6, 16)}
@@ -148,6 +156,7 @@ CASES = {
     "T5": Case(t5, both_sides, (4, 6)),
     "BART": Case(bart, both_sides, (4, 6)),
     "Wav2Vec2": Case(wav2vec2, lambda: {"input_values": torch.randn(2, 200)}, (4,)),
+    "DETR": Case(detr, pixels, (4,)),
     "encoder, pre-norm": Case(lambda: encoder(True), source, (4,)),
     "encoder, post-norm": Case(lambda: encoder(False), source, (4,)),
     "encoder, post-norm, GELU": Case(lambda: encoder(False, "gelu"), source, (4,)),
@@ -183,7 +192,7 @@ def grads(model: nn.Module, inputs: Mapping[str, Any], mode: Mode) -> list[Tenso
     return [*(t.detach() for t in outputs), *kept]
 
 
-FAST = ["BERT", "T5", "encoder, pre-norm", "encoder, post-norm", "decoder, post-norm"]
+FAST = ["BERT", "T5", "DETR", "encoder, pre-norm", "encoder, post-norm", "decoder, post-norm"]
 
 
 @some("name", CASES, slow=CASES.keys() - {*FAST})
@@ -243,6 +252,3 @@ def test_hidden_states_in_the_loss(name: str) -> None:
     found = grads(rev, inputs, MODES["fp64"])
     assert len([t for t in found if t.dim() == 3]) >= 3
     assert_as_stored(rev, lambda: grads(rev, inputs, MODES["fp64"]))
-
-
-pytestmark = pytest.mark.slow  # minutes together; the fast suite keeps the grid of test_exactness

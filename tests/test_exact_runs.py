@@ -16,25 +16,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rewire
-from tests.test_exactness import (
-    MODES,
-    WIDTH,
-    Mode,
-    Rescale,
+from tests.exactness import (
     assert_as_stored,
     assert_exact,
     assert_same_bits,
     by_autograd,
-    convolutions,
     courses,
-    perceptron,
     renewed,
-    rows,
     run,
     run_stored,
     same,
     spread,
 )
+from tests.networks import MODES, WIDTH, Mode, Rescale, convolutions, perceptron, rows
 
 KINDS = ("re2", "re2(sum)", "consistent(1/4)", "dr2(0.9, 0.1)", "bdia")
 
@@ -331,6 +325,3 @@ def test_a_copy_goes_on_with_the_same_bits(block: str, how: str) -> None:
     assert_same_bits(run(other, x * 3e3), run(rev, x * 3e3))
     assert_same_bits(run_stored(other, x), run(rev, x))
     assert list(other.state_dict()) == list(rev.state_dict())
-
-
-pytestmark = pytest.mark.slow  # minutes together; the fast suite keeps the grid of test_exactness

@@ -13,21 +13,9 @@ import rewire
 from rewire import arithmetic
 from rewire.reversible import ReversibleSequential
 from rewire.structure import tensors_of
+from tests.exactness import assert_as_stored, assert_exact, courses, some, spread
+from tests.networks import COUPLINGS, MODES, WIDTH, Mode, convolutions, perceptron, rows
 from tests.specimens import SPECIMENS
-from tests.test_exactness import (
-    COUPLINGS,
-    MODES,
-    WIDTH,
-    Mode,
-    assert_as_stored,
-    assert_exact,
-    convolutions,
-    courses,
-    perceptron,
-    rows,
-    some,
-    spread,
-)
 
 
 class Returning(nn.Module):

@@ -119,8 +119,9 @@ class Coupled:
         if self.grid is None:
             return _back_in_floats(newer, newest, branch, trunk, self.k, own_newer)
         out = newer if own_newer else torch.empty_like(newer)
-        own_branch = own_branch and branch.dtype == newer.dtype  # else it is no room for floats
-        whole = own_branch or branch.shape != newer.shape or isinstance(self.k.a, Tensor)
+        own_branch = own_branch and self._has_room(branch, newer, trunk)
+        whole = branch.dtype == newer.dtype and own_branch
+        whole = whole or branch.shape != newer.shape or isinstance(self.k.a, Tensor)
         for part in [...] if whole else _slices(newer):
             t = None if trunk is None else trunk[part]
             self._inverse(out[part], newer[part], newest[part], branch[part], t, own_branch)
@@ -129,6 +130,14 @@ class Coupled:
         if self.correction is not None:
             self.correction.add_(out.sub_(slack_of(self._factor)))
         return out.mul_(self.grid.step)
+
+    def _has_room(self, branch: Tensor, stream: Tensor, trunk: Tensor | None) -> bool:
+        """Whether a branch can hold round((a x_i + c (F + T - x_i)) / g) of itself.
+
+        bfloat16 has float32's range, and where it is coarser than one its values are integers.
+        """
+        narrow = branch.dtype == torch.bfloat16 and stream.dtype == torch.float32
+        return branch.dtype == stream.dtype or (narrow and _is_alone(trunk, self.k))
 
     def _inverse(
         self,
@@ -194,8 +203,7 @@ def _change(
     Args:
         out: The branch itself where it may be overwritten.
     """
-    alone = trunk is None and _is(k.c, 1.0) and _is(k.a, 0.0)
-    if alone and branch.dtype == newest.dtype:
+    if _is_alone(trunk, k) and (out is not None or branch.dtype == newest.dtype):
         return torch.mul(branch, grid.inverse, out=out).round_()
     total = branch.to(newest.dtype, copy=True) if out is None else out.to(newest.dtype)
     if trunk is not None:
@@ -205,6 +213,11 @@ def _change(
     if not _is(k.a, 0.0):
         total = _grown(total, newest).add_(newest * k.a)
     return total.mul_(grid.inverse).round_()
+
+
+def _is_alone(trunk: Tensor | None, k: Coefficients) -> bool:
+    """Whether F is all that is added to the older stream."""
+    return trunk is None and _is(k.c, 1.0) and _is(k.a, 0.0)
 
 
 def _share(older: Tensor, b: Weight, grid: OnGrid) -> Tensor:

@@ -14,7 +14,7 @@ import rewire
 from rewire.profiling import LiveBytes, no_collection, profile
 from rewire.reversible import ReversibleSequential
 from tests.exactness import courses, some, spread
-from tests.networks import COUPLINGS, WIDTH, Stack, perceptron, residual_net
+from tests.networks import COUPLINGS, MODES, WIDTH, Stack, convolutions, perceptron, residual_net
 from tests.test_exact_runs import Net, PostNorm, PreNorm
 
 BATCH = 64
@@ -101,6 +101,20 @@ def test_re2_keeps_nothing_at_all() -> None:
     for depth in (2, 9):
         kept, _, _ = measured(by_hand("re2")(depth), many_rows())
         assert kept <= 3 * STREAM * 4 + 64
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("branch", [perceptron, convolutions])
+def test_exactness_costs_no_bytes(branch: Callable[[], nn.Module], mode: str) -> None:
+    """Beside plain float streams: two numbers, the grid."""
+    x = torch.randn(4, 8, 20, 20) if branch is convolutions else many_rows()
+    peaks = []
+    for precision in ("fast", "exact"):
+        branches = [branch() for _ in range(4)]
+        model = ReversibleSequential(branches, precision=precision, check="off")
+        with MODES[mode]():
+            peaks.append(measured(model, x)[1])
+    assert peaks[1] - peaks[0] <= 16
 
 
 @pytest.mark.parametrize("coupling", ["re2", "consistent(1/4)", "bdia"])

@@ -131,12 +131,14 @@ def _stops(steps: str) -> list[int]:
 def _command(
     tasks: Sequence[TaskName], ways: Sequence[Way], seeds: int, steps: str, quick: bool
 ) -> str:
-    """The command that gives these rows again."""
-    couplings = dict.fromkeys(way.coupling for way in ways if way.granularity)
-    granularities = dict.fromkeys(way.granularity for way in ways if way.granularity)
+    """The command that gives these rows again; the default couplings need not be named."""
+    couplings = list(dict.fromkeys(way.coupling for way in ways if way.granularity))
+    granularities = list(dict.fromkeys(way.granularity for way in ways if way.granularity))
     words = ["python", "-m", "examples.finetune", *(task.value for task in tasks)]
-    words += [word for c in couplings for word in ("--coupling", c)]
-    words += [word for g in granularities for word in ("--granularity", g)]
+    if couplings != [str(coupling_from(coupling)) for coupling in COUPLINGS]:
+        words += [word for c in couplings for word in ("--coupling", c)]
+    if granularities != ["module"]:
+        words += [word for g in granularities for word in ("--granularity", g)]
     return shlex.join(
         [*words, *(["--quick"] if quick else ["--seeds", f"{seeds}", "--steps", steps])]
     )

@@ -34,9 +34,9 @@ def pack(digits: Tensor, width: int) -> Tensor:
     each = _WORD // width
     count = -(-digits.numel() // each)
     words = torch.zeros(count, dtype=torch.int64, device=digits.device)
-    for place, part in enumerate(torch.split(digits, count) if count else ()):
-        kept = part.to(torch.int64) & ((1 << width) - 1)  # NaN must not reach its neighbours
-        words[: part.numel()] |= kept << (place * width)
+    narrow = digits.to(torch.int32) & ((1 << width) - 1)  # NaN must not reach its neighbours
+    for place, part in enumerate(torch.split(narrow, count) if count else ()):
+        words[: part.numel()] |= part.to(torch.int64).bitwise_left_shift_(place * width)
     return words
 
 
@@ -44,8 +44,12 @@ def unpack(words: Tensor, width: int, count: int, dtype: torch.dtype = torch.flo
     """The inverse of `pack`: [count] in `dtype`."""
     digits = torch.empty(count, dtype=dtype, device=words.device)
     for place, part in enumerate(torch.split(digits, words.numel()) if count else ()):
-        part.copy_((words[: part.numel()] >> (place * width)) & ((1 << width) - 1))
+        part.copy_(_digit(words[: part.numel()], place, width))
     return digits
+
+
+def _digit(words: Tensor, place: int, width: int) -> Tensor:
+    return (words >> (place * width)).bitwise_and_((1 << width) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +67,8 @@ class Digits:
     def add_(self, stream: Tensor) -> Tensor:
         """Add the digits to a stream in place, in slices: no second stream is made."""
         flat = _flat(stream)
-        mask = (1 << self.width) - 1
         for place, part in enumerate(torch.split(flat, self.words.numel()) if len(flat) else ()):
-            part += (self.words[: part.numel()] >> (place * self.width)) & mask
+            part += _digit(self.words[: part.numel()], place, self.width)
         return stream
 
     @property

@@ -155,8 +155,10 @@ def _second(values: Tensor | None, dims: int) -> Tensor | None:
 
 def _layer_norm(call: dict[str, Any]) -> _Seen:
     x = call["input"]
-    dims = range(x.dim() - len(call["normalized_shape"]), x.dim())
-    mean, dev = _statistics(x, dims, call["eps"])
+    # On the CPU ten times as fast as `var_mean`; the third is 1 / deviation.
+    _, mean, inverse = torch.native_layer_norm(x, call["normalized_shape"], None, None, call["eps"])
+    dev = inverse.to(x.dtype).reciprocal()
+    mean = mean.to(x.dtype)
     weight, bias = (_trailing(call[name], x.dim()) for name in ("weight", "bias"))
     return _Seen(mean, dev, weight, bias, x.dim() - 1)
 

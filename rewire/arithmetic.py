@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rewire.corrections import Digits
-from rewire.coupling import Coefficients, Coupling, Weight, slack_of, width_of
+from rewire.coupling import WHOLE, Coefficients, Coupling, Weight, slack_of, width_of
 from rewire.grid import OnGrid, rounded, straight
 
 _SLICE = 1 << 18  # elements: temporaries stay in the cache, and no stream is made for them
@@ -45,10 +45,15 @@ class Coupled:
     kept: Tensor | None = None
 
     @property
-    def _factor(self) -> float:
-        """|b| of this step, which may be another one in eval mode; of tensors the smallest."""
+    def _width(self) -> int:
+        """Bits that this step loses; its b may be another one in eval mode."""
         b = self.k.b
-        return self.coupling.factor if isinstance(b, Tensor) else abs(b)
+        return self.coupling.bits if isinstance(b, Tensor) else width_of(abs(b), slack_of(abs(b)))
+
+    @property
+    def _slack(self) -> int:
+        b = self.k.b
+        return self.coupling.slack if isinstance(b, Tensor) else slack_of(abs(b))
 
     def forward(
         self, newest: Tensor, older: Tensor, branch: Tensor, trunk: Tensor | None
@@ -80,13 +85,13 @@ class Coupled:
         grid, b = self.grid, self.k.b
         if grid is None:
             return
-        width = width_of(self._factor)
-        if grid.behind or _is(b, 0.0) or width >= older.element_size() * 8:
+        width = self._width
+        if grid.behind or width == WHOLE:
             self.kept = older.detach()
         elif width:
             older = older.detach()
             rest = _guess(_share(older, b, grid), b).neg_().add_(older * grid.inverse)
-            self.correction = Digits.of(rest.add_(slack_of(self._factor)), width)
+            self.correction = Digits.of(rest.add_(self._slack), width)
 
     @property
     def nbytes(self) -> int:
@@ -121,14 +126,15 @@ class Coupled:
         out = newer if own_newer else torch.empty_like(newer)
         own_branch = own_branch and self._has_room(branch, newer, trunk)
         whole = branch.dtype == newer.dtype and own_branch
-        whole = whole or branch.shape != newer.shape or isinstance(self.k.a, Tensor)
+        whole = whole or branch.shape != newer.shape
+        whole = whole or any(isinstance(w, Tensor) and w.dim() for w in self.k)
         for part in [...] if whole else _slices(newer):
             t = None if trunk is None else trunk[part]
             self._inverse(out[part], newer[part], newest[part], branch[part], t, own_branch)
         if _is(self.k.b, 1.0):
             return out
         if self.correction is not None:
-            self.correction.add_(out.sub_(slack_of(self._factor)))
+            self.correction.add_(out.sub_(self._slack))
         return out.mul_(self.grid.step)
 
     def _has_room(self, branch: Tensor, stream: Tensor, trunk: Tensor | None) -> bool:

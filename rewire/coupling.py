@@ -12,7 +12,8 @@ which a packed correction keeps, so that the inverse is exact:
 | `Dr2(α, β)` | α, β, 1 | log2(1/β) | last | Dr2Net, arXiv 2401.04105 |
 | `Bdia()` | as consistent, γ = ±½ in training, 0 in eval | 1 | last | BDIA, arXiv 2407.09093 |
 
-A coupling of your own is a frozen dataclass with a `name` and `coefficients`.
+A coupling of your own is a frozen dataclass with a `name` and `coefficients`; where its b is a
+tensor, also with a `factor`, the smallest |b|.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from torch import Tensor
 from rewire.errors import RewireError
 
 Weight = float | Tensor
+WHOLE = 32  # bits: the older stream itself is kept
+_MOST_BITS = 22
+_SLACK = 2
 
 
 class Coefficients(NamedTuple):
@@ -71,13 +75,34 @@ class Coupling:
 
     @property
     def factor(self) -> float:
-        """|b| in training."""
-        return abs(float(self.coefficients(torch.zeros(1), True).b))
+        """The smallest |b|, from which follows how many bits are kept.
+
+        Raises:
+            RewireError: b is a tensor. The class must say then what its smallest |b| is.
+        """
+        b = self.coefficients(torch.zeros(1), True).b
+        if isinstance(b, Tensor):
+            raise RewireError(
+                f"coupling {self.name}: its b is a tensor. Add a property `factor` that gives the "
+                "smallest |b|, in training and in eval mode."
+            )
+        return abs(float(b))
+
+    @property
+    def slack(self) -> int:
+        """By how many steps of the grid rounding leads astray when b multiplies and divides.
+
+        0 where b is a power of two; of a class that says its own `factor` that is not assumed.
+        """
+        return slack_of(self.factor) if type(self).factor is Coupling.factor else _SLACK
 
     @property
     def bits(self) -> int:
-        """Bits of correction that an exact inverse needs, per element and residual module."""
-        return width_of(self.factor)
+        """Bits of correction that an exact inverse needs, per element and residual module.
+
+        From 23 on the older stream is kept itself, in float32: 32 bits.
+        """
+        return width_of(self.factor, self.slack)
 
     @property
     def growth(self) -> float:
@@ -85,8 +110,8 @@ class Coupling:
 
         The largest root, in absolute value, of b r^2 + a r = 1.
         """
-        a, b, _ = (float(w) for w in self.coefficients(torch.zeros(1), True))
-        if b == 0:
+        a, b, _ = self.coefficients(torch.zeros(1), True)
+        if isinstance(a, Tensor) or isinstance(b, Tensor) or b == 0:
             return math.inf
         root = complex(a * a + 4 * b) ** 0.5
         return max(abs((-a + root) / (2 * b)), abs((-a - root) / (2 * b)))
@@ -211,6 +236,11 @@ class Bdia(Coupling):
         return self.gamma
 
     @property
+    def slack(self) -> int:
+        """That of γ, whatever its sign."""
+        return slack_of(self.gamma)
+
+    @property
     def growth(self) -> float:
         """The larger of both signs'."""
         return max(Consistent(self.gamma).growth, Dr2(1 + self.gamma, -self.gamma).growth)
@@ -267,14 +297,20 @@ def _spelled(value: Any) -> str:
     return str(value)
 
 
-def width_of(factor: float) -> int:
-    """Bits that tell apart the values of x_{i-1} whose share b x_{i-1} rounds to the same."""
+def width_of(factor: float, slack: int) -> int:
+    """Bits that tell apart the values of x_{i-1} whose share b x_{i-1} rounds to the same.
+
+    `WHOLE` where they are so many that float32 cannot count them beside the share.
+    """
     if factor in (0.0, 1.0):
-        return 0
-    levels = max(1, math.ceil(1 / factor)) + 2 * slack_of(factor)
-    return math.ceil(math.log2(levels))
+        return 0 if factor else WHOLE
+    if factor < 2.0**-_MOST_BITS:
+        return WHOLE
+    levels = max(1, math.ceil(1 / factor)) + 2 * slack
+    width = math.ceil(math.log2(levels))
+    return width if width <= _MOST_BITS else WHOLE
 
 
 def slack_of(factor: float) -> int:
     """How far rounding of a product and a quotient by |b| may lead beside the guess."""
-    return 0 if math.frexp(factor)[0] == 0.5 else 2
+    return 0 if math.frexp(factor)[0] == 0.5 else _SLACK

@@ -59,7 +59,7 @@ class Watching(TorchFunctionMode):
 
     def affine(self, z: Tensor) -> Affine | None:
         """How to undo the last normalisation that ran, whose input is `z` or a view of it."""
-        if self._read is None or z.numel() == 0:
+        if self._read is None or z.numel() == 0 or z.dim() < 2:
             return None
         with torch.no_grad():
             return _as_seen(self._read(self._call), self._call["input"], z)

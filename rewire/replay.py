@@ -10,7 +10,7 @@ import io
 import operator
 import pickle
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -133,7 +133,8 @@ class Holdings:
     Buffers may change when the branch runs, e.g. BatchNorm's running mean. Which modules do
     that is learnt by comparing values around the first run with the same training flags
     (BatchNorm's kernel does not bump version counters), later also by version counters. For
-    each run the values before it are kept, so that a rerun starts from them, on clones.
+    each run the values before it are kept, so that a rerun starts from them, on clones; those of
+    small buffers always, for they may begin to change in any run.
     """
 
     def __init__(self) -> None:
@@ -142,7 +143,7 @@ class Holdings:
         self._buffers: list[Place] = []
         self._parameters: list[Place] = []
         self._generators: list[torch.Generator] = []
-        self._learnt: dict[tuple[bool, ...], list[Place]] = {}
+        self._learnt: dict[tuple[bool, ...], Collection[Place]] = {}
 
     def refresh(self, roots: Iterable[nn.Module | None], read: Iterable[Place] = ()) -> None:
         """Look at the modules again: children may have been replaced or parametrized.
@@ -170,29 +171,54 @@ class Holdings:
         given = [side for side in sides if isinstance(side, torch.Generator)]
         return [(generator, generator.get_state()) for generator in (*self._generators, *given)]
 
-    def before(self) -> Before | None:
-        """The buffers that the coming run may change, with copies of their values."""
+    def before(self, small: int) -> Before | None:
+        """The buffers that the coming run may change, with copies of their values.
+
+        Args:
+            small: Up to this many bytes a buffer is kept though it has never changed.
+        """
         if not self._buffers:
             return None
         flags = tuple(m.training for m in self._owners)
-        places = self._learnt.get(flags, self._buffers)
+        learnt = self._learnt.get(flags)
+        places = [
+            place
+            for place in self._buffers
+            if learnt is None or place in learnt or _is_small(place, small)
+        ]
         values = [_clone(m._buffers[name]) for m, name in places]
         versions = [_version(m._buffers[name]) for m, name in self._buffers]
         return Before(flags, places, values, versions)
 
     def after(self, before: Before | None) -> Changed:
-        """The buffers the run may have changed, with the values before it."""
+        """The buffers the run may have changed, with the values before it.
+
+        Raises:
+            NotRepeatable: One changed whose value before is not known.
+        """
         if before is None:
             return []
         kept = list(zip(before.places, before.values, strict=True))
-        if before.flags not in self._learnt:
+        first = before.flags not in self._learnt
+        new: set[Place] = set()
+        if first:
             busy = {m for (m, n), old in kept if not _same(m._buffers[n], old)}
         else:
             now = zip(self._buffers, before.versions, strict=True)
-            busy = {m for (m, n), version in now if _version(m._buffers[n]) != version}
-            busy |= {m for m, _ in before.places}
-        self._learnt[before.flags] = [(m, n) for m, n in self._buffers if m in busy]
-        return [(m, n, old) for (m, n), old in kept if m in busy]
+            new = {(m, n) for (m, n), version in now if _version(m._buffers[n]) != version}
+            busy = {m for m, _ in (*new, *self._learnt[before.flags])}
+        self._learnt[before.flags] = {(m, n) for m, n in self._buffers if m in busy}
+        self._refuse(new.difference(before.places))
+        return [(m, n, old) for (m, n), old in kept if m in busy or not first]
+
+    @staticmethod
+    def _refuse(unkept: Collection[Place]) -> None:
+        for module, name in unkept:
+            raise NotRepeatable(
+                f"{type(module).__qualname__}: its buffer {name!r} changed for the first time in "
+                "this run, and its value before was not kept: skip this step. From the next run on "
+                "it is."
+            )
 
     def flags(self) -> Flags:
         """The modules' training flags."""
@@ -202,6 +228,15 @@ class Holdings:
         """The parameters in use, with their version counters."""
         held = ((m, name, m._parameters.get(name)) for m, name in self._parameters)
         return [Held(m, name, p, _version(p)) for m, name, p in held if p is not None]
+
+
+def _is_small(place: Place, limit: int) -> bool:
+    """Whether a buffer may be one of statistics or a counter, which are cheap to keep."""
+    module, name = place
+    buffer = module._buffers[name]
+    if buffer is None or buffer.nbytes > limit:
+        return False
+    return buffer.is_floating_point() or buffer.numel() == 1
 
 
 def _tree(roots: Iterable[nn.Module | None]) -> list[nn.Module]:

@@ -13,13 +13,13 @@ from torch.autograd import forward_ad
 
 from rewire import drift
 from rewire.arithmetic import Coupled
-from rewire.errors import StreamMismatch
+from rewire.errors import RewireError, StreamMismatch
 from rewire.grid import OnGrid, rounded, straight
 from rewire.links import Course, Link, choose_site, find, version
 from rewire.norms import Normed, Watching
 from rewire.replay import autocast_state, uncached_autocast
 from rewire.steps import Branch, Layout, Output, Record, Step, Tail
-from rewire.tape import Tape
+from rewire.tape import Tape, written_input
 
 
 def recording(course: Course) -> bool:
@@ -160,7 +160,13 @@ def _couple(
     """Run a branch and couple the streams: x_{i+1} with its graph, and the grid it is on."""
     newest, older = streams
     course, grid = link.course, link.grid
-    undo = Coupled(course.coupling, course.coupling.coefficients(newest, branch.training), grid)
+    k = course.coupling.coefficients(newest, branch.training)
+    if grid is not None and any(isinstance(w, Tensor) and w.requires_grad for w in k):
+        raise RewireError(
+            f"coupling {course.coupling}: a coefficient requires a gradient, and the grid has none "
+            'for it. Detach it, or use precision="fast".'
+        )
+    undo = Coupled(course.coupling, k, grid)
     step = _step(branch, undo, x, link.tail, relayout)
     output = _ran(tape, step, x, sides)
     terms = output.branch, x if output.trunk is None and link.tail is not None else output.trunk
@@ -249,8 +255,12 @@ def _ran(tape: Tape | None, step: Step, x: Tensor, sides: Sequence[Any]) -> Outp
     step.branch.refresh()
     if tape is not None:
         return tape.run(step, x, sides)
+    before = version(x)
     with uncached_autocast():  # as on a tape: its cache adds up gradients of shared weights
-        return step.branch(x, sides)
+        output = step.branch(x, sides)
+    if version(x) != before:
+        raise written_input(step.branch.name)
+    return output
 
 
 def _check_shape(name: str, branch: Tensor, stream: Tensor) -> None:

@@ -82,7 +82,7 @@ class Dr2Schedule:
         coupling = self.coupling
         for course in courses(self._rev):
             course.coupling = coupling
-        if is_rewired(self._rev):  # what is saved now has the coupling of now
-            plan = coupled(plan_of(self._rev), coupling, None)
-            self._rev.__dict__["_rewire_plan"] = plan
+        for module in filter(is_rewired, self._rev.modules()):  # it may be wrapped
+            plan = coupled(plan_of(module), coupling, None)
+            module.__dict__["_rewire_plan"] = plan  # what is saved now has the coupling of now
         return coupling

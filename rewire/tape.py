@@ -48,6 +48,7 @@ class Kept(NamedTuple):
     nbytes: int
 
 
+_SMALL = 4096  # a buffer of this fraction of the stream costs nothing to keep
 _listeners: list[list[tuple[str, bool]]] = []
 _keepers: list[list[Kept]] = []
 
@@ -100,7 +101,7 @@ class Tape:
         step.parameters = holdings.parameters()
         step.flags = holdings.flags()
         step.generators = holdings.generators(sides)
-        before = holdings.before()
+        before = holdings.before(x.nbytes // _SMALL)
         version = _version(x)
         with uncached_autocast(), step.record.dropping(self, ("step", len(self.steps))):
             output = step.branch(x, sides)
@@ -110,11 +111,7 @@ class Tape:
         if not same_rng_states(rng, self._current_rng(x.device)):
             step.rng = rng
         if _version(x) != version or _versions(step.sides) != step.versions:
-            raise NotRepeatable(
-                f"{step.branch.name}: it changes one of its inputs in place, so it cannot be run "
-                "again in backward. Clone the tensor first, or keep the module out with "
-                "`exclude=`."
-            )
+            raise written_input(step.branch.name)
         return output
 
     def follow(self, tail: Tail, x: Tensor) -> Tensor:
@@ -324,6 +321,14 @@ class Tape:
         for record in self._caught:
             record.caught.clear()
         self._caught.clear()
+
+
+def written_input(name: str) -> NotRepeatable:
+    """The error for a branch that writes to the stream, or to a side input."""
+    return NotRepeatable(
+        f"{name}: it changes one of its inputs in place, so it cannot be run again in backward. "
+        "Clone the tensor first, or keep the module out with `exclude=`."
+    )
 
 
 def _is_alone(stream: Tensor) -> bool:

@@ -417,3 +417,96 @@ def test_two_copies_draw_alike(coupling: str) -> None:
     net(torch.ones(2, 6, WIDTH))
     assert torch.equal(*states)
     assert torch.equal(torch.get_rng_state(), states[0])
+
+
+# ---- what cannot be carried out is said ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampled(rewire.Coupling):
+    """b is drawn for each sample; the smallest is not said."""
+
+    name: ClassVar[str] = "sampled"
+
+    def coefficients(self, x: Tensor, training: bool) -> Coefficients:
+        b = torch.rand(len(x), *(1,) * (x.dim() - 1)) / 2 + 0.25
+        return Coefficients(1 - b, b, 1.0)
+
+
+@dataclass(frozen=True)
+class Said(Sampled):
+    """The same, with what its class must say."""
+
+    name: ClassVar[str] = "said"
+
+    @property
+    def factor(self) -> float:
+        return 0.25
+
+
+def test_a_tensor_b_needs_its_smallest() -> None:
+    with pytest.raises(rewire.RewireError, match="Add a property `factor`"):
+        Sampled().bits  # noqa: B018
+    net = ReversibleSequential([perceptron() for _ in range(4)], coupling=Said(), check="raise")
+    for _ in range(2):
+        assert_exact(net, rows(8))
+
+
+@dataclass(frozen=True)
+class Weighted(rewire.Coupling):
+    """c is a tensor: one number for each sample, or one that is learnt."""
+
+    name: ClassVar[str] = "weighted"
+    c: Any = None
+
+    def coefficients(self, x: Tensor, training: bool) -> Coefficients:
+        return Coefficients(0.0, 1.0, self.c)
+
+
+def test_weights_of_samples_on_a_stream_that_is_cut() -> None:
+    """Streams above 2^18 elements are undone in slices."""
+    branches = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2)]
+    c = torch.tensor([0.5, 1.0, 1.5]).view(3, 1, 1)
+    net = ReversibleSequential(branches, coupling=Weighted(c), check="raise")
+    assert_exact(net, torch.randn(3, 2**13, WIDTH))
+
+
+def test_a_learnt_coefficient_is_refused_on_the_grid() -> None:
+    c = nn.Parameter(torch.ones(()))
+    net = ReversibleSequential([perceptron(), perceptron()], coupling=Weighted(c))
+    with pytest.raises(rewire.RewireError, match="a coefficient requires a gradient"):
+        net(rows())
+
+
+@pytest.mark.parametrize("b", [0.0, 3e-8, 1e-30])
+def test_where_too_little_goes_on_the_stream_is_kept(b: float) -> None:
+    """Bits say so, gradients are exact, and there is no inverse without what is kept."""
+    if b == 0:
+        coupling: Any = NoOlder()
+    else:
+        coupling = f"dr2({1 - b}, {b})"
+    net = ReversibleSequential([perceptron() for _ in range(3)], coupling=coupling, check="raise")
+    assert net.course.coupling.bits == 32
+    assert_exact(net, rows())
+    with pytest.raises(rewire.RewireError, match="32 bits of correction"):
+        net.inverse(rows(), rows())
+
+
+@dataclass(frozen=True)
+class NoOlder(rewire.Coupling):
+    """x_{i+1} = x_i + F_i(x_i)."""
+
+    name: ClassVar[str] = "no older"
+
+    def coefficients(self, x: Tensor, training: bool) -> Coefficients:
+        return Coefficients(1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "stored"])
+def test_a_branch_that_writes_to_the_stream_is_refused(how: str) -> None:
+    """Without a tape as with one: the twin would be no twin."""
+    branches = [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH)) for _ in range(3)]
+    net = ReversibleSequential(branches)
+    surroundings = torch.no_grad() if how == "no_grad" else rewire.store_activations(net)
+    with surroundings, pytest.raises(rewire.NotRepeatable, match="changes one of its inputs"):
+        net(rows())

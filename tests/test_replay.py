@@ -409,3 +409,45 @@ def test_nothing_is_left(ending: str) -> None:
             assert meter.live == 0
     finally:
         gc.enable()
+
+
+class Awakening(nn.Module):
+    """Normalises by the batch, and counts, from some step on."""
+
+    def __init__(self, size: int, norm: bool = True) -> None:
+        super().__init__()
+        self.norm, self.on = nn.BatchNorm1d(8) if norm else nn.Identity(), False
+        self.register_buffer("seen", torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.on:
+            return x.sin()
+        self.seen += 1
+        return self.norm(x) * self.seen[0]
+
+
+def test_buffers_that_begin_to_change_later() -> None:
+    """Delayed statistics: updated once, and the gradients are right in the first such step too."""
+    torch.manual_seed(0)
+    net = ReversibleSequential([Awakening(4) for _ in range(3)], check="raise")
+    twin = copy.deepcopy(net)
+    x = torch.randn(4096, 8, requires_grad=True)
+    for on in (False, True, True):
+        for branch in (*net.modules(), *twin.modules()):
+            branch.on = on
+        grads = [torch.autograd.grad(net(x).sin().sum(), x)]
+        with rewire.store_activations(twin):
+            grads.append(torch.autograd.grad(twin(x).sin().sum(), x))
+        assert torch.equal(grads[0][0], grads[1][0])
+        for a, b in zip(net.buffers(), twin.buffers(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_large_buffer_that_begins_to_change_is_told() -> None:
+    net = ReversibleSequential([Awakening(10**5, norm=False) for _ in range(2)])
+    x = torch.randn(64, 8, requires_grad=True)
+    net(x).sum().backward()
+    for module in net.modules():
+        module.on = True
+    with pytest.raises(rewire.NotRepeatable, match="'seen' changed for the first time"):
+        net(x)

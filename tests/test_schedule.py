@@ -104,3 +104,13 @@ def test_a_plan_with_another_coupling() -> None:
         ("consistent(1/8)", 3, "float64")
     ]
     assert [(c.coupling, c.precision) for c in plan.chains] == [("re2", "exact")]
+
+
+def test_a_wrapped_model_is_saved_with_the_coupling_of_now() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False)
+    x = torch.randn(2, 3, 8)
+    rev = rewire.make_reversible(model, x, coupling="dr2(0.9, 0.1)")
+    now = rewire.Dr2Schedule(nn.Sequential(rev), steps=2).step()
+    assert {chain.coupling for chain in rewire.rewriting.plan_of(rev).chains} == {str(now)}

@@ -8,7 +8,7 @@ reads modules and parameters from the home when it runs; a program holds none of
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class Stretch:
     answer: bool | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """A home's forward in two-stream form, for inputs that decide alike.
 
@@ -84,6 +84,22 @@ class Program:
             return True
         return tuple(self.decide(home, *self.constants, *leaves)) == self.decided
 
+    def left(self, number: int) -> set[str]:
+        """Names of the values that the stretches from `number` on take from those before."""
+        gives = {name for stretch in self.outer[number:] for name in stretch.gives}
+        return {name for stretch in self.outer[number:] for name in stretch.takes} - gives
+
+    def others(self) -> Iterator[tuple[bool, ...]]:
+        """For each question the answers up to it with another answer to that one."""
+        answers = [stretch.answer for stretch in self.outer if stretch.answer is not None]
+        for number, answer in enumerate(answers):
+            yield (*answers[:number], not answer)
+
+    def lacks(self, other: Program, number: int) -> set[str]:
+        """What `other` takes where it goes on behind a question and this program does not have."""
+        had = self.left(number) | set(self.outer[number - 1].gives)
+        return other.left(number) - had
+
 
 def shapes_of(leaves: Iterable[Any]) -> tuple[Any, ...]:
     """Shapes of the tensors among `leaves`, and the numbers."""
@@ -113,8 +129,8 @@ def extract(
             f"its trace has {len(trace.adds)} tensor adds, {residuals[0].adds} were watched"
         )
     pieces: list[Piece] = []
-    for residual in residuals:
-        pieces.append(Piece(trace, residual, pieces, homes, trunk))
+    for residual, following in zip(residuals, (*residuals[1:], None), strict=True):
+        pieces.append(Piece(trace, residual, pieces, homes, trunk, following))
     _sink(trace, pieces)
     _check_mutations(trace, pieces)
     _check_exits(trace, pieces, homes)
@@ -161,8 +177,7 @@ class _Outer:
             if node in self.needed and node not in self.hidden:
                 self._emit(node)
             if node in self.trace.asked:
-                arguments = {*self.trace.constants, *self.trace.inputs, *self.known}
-                new = [copied for copied in self.copies if copied not in arguments | {node}]
+                new = self._wanted(node)
                 found.append(self._end([*new, node], self.trace.asked[node]))
                 self.known += new
                 self._begin()
@@ -172,6 +187,18 @@ class _Outer:
         ]
         self.graph.output(tuple(outputs))
         return (*found, self._compiled((), None))
+
+    def _wanted(self, question: fx.Node) -> list[fx.Node]:
+        """What this stretch has computed and the code behind a question may read.
+
+        That is what it reads with the traced answer, and whatever the code's own variables held.
+        """
+        nodes = list(self.trace.graph.nodes)
+        later = set(nodes[nodes.index(question) + 1 :])
+        wanted = {n for n in nodes if n in self.trace.outputs or later.intersection(n.users)}
+        wanted |= self.trace.held[question]
+        known = {*self.trace.constants, *self.trace.inputs, *self.known, question}
+        return [n for n in self.copies if n in wanted - known and n.op != "get_attr"]
 
     def _end(self, new: Sequence[fx.Node], answer: bool) -> Stretch:
         self.graph.output(tuple(self.copies[node] for node in new))
@@ -334,6 +361,12 @@ def _decisions(
     return compiled(graph)[0], tuple(value for _, value in trace.guards), None
 
 
+def _is_tensors(hint: Any) -> bool:
+    """Whether a value is a tensor, or several: parts of one."""
+    parts = hint if type(hint) in (tuple, list) and hint else (hint,)
+    return all(isinstance(part, Tensor) for part in parts)
+
+
 _FORMS = frozenset(
     """shape ndim dtype device layout requires_grad is_cuda size dim ndimension numel stride
     element_size is_floating_point is_complex is_contiguous get_device __len__""".split()
@@ -343,7 +376,7 @@ _FORMS = frozenset(
 def _refuse_values(trace: Trace, needed: Collection[fx.Node]) -> None:
     """Decisions may hang on a tensor's form, never on its values."""
     for node in needed:
-        if isinstance(trace.hints[node], Tensor) or node.op == "call_module":
+        if _is_tensors(trace.hints[node]) or node.op == "call_module":
             continue
         reads = any(isinstance(trace.hints[n], Tensor) for n in node.all_input_nodes)
         what = node.args[1] if node.target is getattr else node.target

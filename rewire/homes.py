@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.errors import CannotTrace, StreamMismatch
-from rewire.extraction import Program, Stretch
+from rewire.extraction import Program
 from rewire.links import Course, attach, find
 from rewire.pieces import BranchCode
 from rewire.planning import program_for
@@ -29,6 +29,7 @@ from rewire.reversible import ReversibleSequential
 from rewire.running import NormBranch, advance, dense, follow, normalise, resume
 from rewire.steps import Branch, Output
 from rewire.structure import flatten, unflatten
+from rewire.tracing import CodeRaised
 
 _MOST_PROGRAMS = 64
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -128,6 +129,13 @@ def _only_branch(branch: Branch, x: Tensor, *sides: Any) -> Tensor:
     return branch(x, sides).branch
 
 
+class Bound(NamedTuple):
+    """A program's branches, and the normalisations of their sums, on a home."""
+
+    branches: tuple[HomeBranch, ...]
+    norms: tuple[NormBranch | None, ...]
+
+
 @dataclass(eq=False)
 class HomeState:
     """What a rewired home knows: plain data, and programs that can be traced again."""
@@ -138,11 +146,10 @@ class HomeState:
     chains: tuple[HomeChain, ...]
     places: tuple[tuple[int, int], ...]  # for each residual: number of its chain, place in it
     programs: dict[Any, list[Program]] = field(default_factory=dict, repr=False)
-    bound: dict[int, tuple[HomeBranch, ...]] = field(default_factory=dict, repr=False)
-    norms: dict[int, tuple[NormBranch | None, ...]] = field(default_factory=dict, repr=False)
+    bound: dict[Program, Bound] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "programs": {}, "bound": {}, "norms": {}}
+        return {**self.__dict__, "programs": {}, "bound": {}}
 
     def program(
         self,
@@ -171,7 +178,6 @@ class HomeState:
         if sum(map(len, self.programs.values())) >= _MOST_PROGRAMS:
             self.programs.clear()
             self.bound.clear()
-            self.norms.clear()
         self.programs.setdefault(key, []).append(program)
         return program
 
@@ -209,25 +215,27 @@ class HomeState:
             except CannotTrace as error:
                 try:
                     return trace(mode=None)
-                except CannotTrace:
+                except CannotTrace as second:
+                    if answers and isinstance(second, CodeRaised) and second.__cause__:
+                        raise second.__cause__ from None  # the code's own error for that answer
                     where = self.residuals[0].home or "the model"
                     raise CannotTrace(
                         f"{where}: called in a new way, its code cannot be rewired: {error}. "
                         "Keep it out with `exclude=`."
                     ) from error
 
-    def branches(self, home: nn.Module, program: Program) -> tuple[HomeBranch, ...]:
-        """The program's branches on this home."""
-        bound = self.bound.get(id(program))
-        if bound is None or bound[0].home is not home:
-            bound = tuple(HomeBranch(home, code) for code in program.branches)
-            self.bound[id(program)] = bound
-            self.norms[id(program)] = tuple(
-                None if code is None else NormBranch(HomeBranch(home, code))
-                for code in program.norms
+    def branches(self, home: nn.Module, program: Program) -> Bound:
+        """The program's branches and normalisations on this home."""
+        bound = self.bound.get(program)
+        if bound is None or bound.branches[0].home is not home:
+            branches = tuple(HomeBranch(home, code) for code in program.branches)
+            norms = (HomeBranch(home, code) if code else None for code in program.norms)
+            bound = Bound(
+                branches, tuple(None if norm is None else NormBranch(norm) for norm in norms)
             )
+            self.bound[program] = bound
             for number, chain in enumerate(self.chains):
-                places = zip(self.places, bound, strict=True)
+                places = zip(self.places, branches, strict=True)
                 chain.branches = [branch for (owner, _), branch in places if owner == number]
         return bound
 
@@ -262,8 +270,7 @@ class HomeRun:
 
     def __init__(self, home: nn.Module, state: HomeState, program: Program) -> None:
         self._home, self._state, self._program = home, state, program
-        self._branches = state.branches(home, program)
-        self._norms = state.norms[id(program)]
+        self._branches, self._norms = state.branches(home, program)
 
     def _place(self, number: int) -> tuple[Course, tuple[int, ...]]:
         chain, place = self._state.places[number]
@@ -323,13 +330,14 @@ def run_home(home: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     known: dict[str, Any] = {}
     answers: list[bool] = []
     while True:
+        known = _left(home, program, len(answers), known)
         stretch = program.outer[len(answers)]
         results = stretch.function(
             home,
             HomeRun(home, state, program),
             *program.constants,
             *leaves,
-            *_taken(home, stretch, known),
+            *(known[name] for name in stretch.takes),
         )
         if stretch.answer is None:
             return unflatten(program.result, results)
@@ -339,15 +347,15 @@ def run_home(home: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             program = programs(answers)
 
 
-def _taken(home: nn.Module, stretch: Stretch, known: dict[str, Any]) -> list[Any]:
-    missing = [name for name in stretch.takes if name not in known]
-    if missing:
+def _left(home: nn.Module, program: Program, number: int, known: dict[str, Any]) -> dict[str, Any]:
+    """Of what is known, all that the stretches from `number` on read; the rest is let go."""
+    wanted = program.left(number) if len(program.outer) > 1 else set()
+    if missing := wanted.difference(known):
         raise CannotTrace(
             f"{type(home).__qualname__}: decides by the values of a tensor, and goes on with "
-            f"{missing[0]}, which was computed inside a residual branch. Keep it out with "
-            "`exclude=`."
+            f"{sorted(missing)[0]}, which is not there any more. Keep it out with `exclude=`."
         )
-    return [known[name] for name in stretch.takes]
+    return {name: known[name] for name in wanted}
 
 
 @contextmanager

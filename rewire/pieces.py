@@ -65,6 +65,7 @@ class Piece:
         before: list[Piece],
         homes: Collection[str],
         trunk: str,
+        following: Residual | None = None,
     ) -> None:
         self.trace = trace
         self.residual = residual
@@ -81,7 +82,8 @@ class Piece:
         self._check_entry(before, homes)
         inside = trunk == "inside"
         self.norm = self._find_norm() if residual.norm else None
-        decided = bool(trace.asked) and residual.leads
+        leads = residual.leads or (following is not None and not following.head)
+        decided = bool(trace.asked) and leads
         self.tail = self._find_tail() if residual.tail or inside or decided else []
         self.tail_inside = inside
 
@@ -165,7 +167,7 @@ class Piece:
             node = only_operand(self.trace, node)
         sums = {piece.result for piece in before} | {piece.sum for piece in before}
         item = node.op == "call_function" and node.target in (operator.getitem, getattr)
-        source = node.all_input_nodes[0] if item else node
+        source = same_value(self.trace, node.all_input_nodes[0]) if item else node
         child = source.op == "call_module" and str(source.target) in homes
         outside = self.residual.entry == "outside" and (node.op == "placeholder" or child)
         if not outside and node not in sums:
@@ -193,11 +195,17 @@ class Piece:
             users = readers(self.trace, node)
             if len(users) != 1 or not is_activation(self.trace, users[0]):
                 break
+            if tail and self._asks_between(node, users[0]):
+                break  # what follows runs only if the answer is the traced one
             node = users[0]
             tail.append(node)
-        if self.residual.tail and not tail:
+        if self.residual.tail and not tail and not self.trace.asked:
             raise CannotTrace(f"no activation follows the sum of {self.residual.name}")
         return tail
+
+    def _asks_between(self, first: fx.Node, last: fx.Node) -> bool:
+        nodes = list(self.trace.graph.nodes)
+        return any(n in self.trace.asked for n in nodes[nodes.index(first) : nodes.index(last)])
 
     @property
     def result(self) -> fx.Node:
@@ -294,8 +302,9 @@ class Piece:
 def _as_code(name: str, graph: fx.Graph) -> BranchCode:
     """A graph as code, with the modules, parameters and buffers that it reads."""
     function, source = compiled(graph)
-    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    read = [str(node.target).rpartition(".") for node in graph.nodes if node.op == "get_attr"]
+    handed = {n for n in graph.nodes if n.op == "get_attr" and n.meta.get("module")}
+    called = [str(n.target) for n in graph.nodes if n.op == "call_module" or n in handed]
+    read = [str(n.target).rpartition(".") for n in graph.nodes if n.op == "get_attr"]
     attributes = tuple(dict.fromkeys((owner, attribute) for owner, _, attribute in read))
     return BranchCode(name, function, tuple(dict.fromkeys(called)), attributes, source)
 

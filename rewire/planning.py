@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from rewire.links import PRECISIONS
 from rewire.plans import Chain, Plan, Residual, Skipped
 from rewire.replay import uncached_autocast
 from rewire.residuals import Found, find_residuals
-from rewire.tracing import trace_home
+from rewire.tracing import CodeRaised, trace_home
 from rewire.watching import Watched, watch
 
 TRUNKS = ("identity", "inside")
@@ -213,17 +214,35 @@ def _failures(model: nn.Module, watched: Watched, chains: Sequence[Chain]) -> di
         try:
             for training in (False, True):
                 with training_mode(module, training), torch.enable_grad():
-                    program_for(
-                        module,
-                        first_call[home].arguments,
-                        residuals,
-                        inner_homes(home, homes),
-                        trunks[home],
-                        watched.fake_mode,
+                    _check_traceable(
+                        partial(
+                            program_for,
+                            module,
+                            first_call[home].arguments,
+                            residuals,
+                            inner_homes(home, homes),
+                            trunks[home],
+                            watched.fake_mode,
+                        )
                     )
         except CannotTrace as error:
             failures[home] = f"{home or 'the model'}: {error}"
     return failures
+
+
+def _check_traceable(trace: Callable[..., Program]) -> None:
+    """Raise unless a home can be traced and cut, whatever the tensors it asks about answer."""
+    program = trace()
+    for answers in program.others():
+        try:
+            other = trace(answers=answers)
+        except CodeRaised:
+            continue  # `assert x.isfinite().all()`: so it will where the answer is that
+        if missing := program.lacks(other, len(answers)):
+            raise CannotTrace(
+                f"it decides by the values of a tensor whether to go on with {sorted(missing)[0]}, "
+                "which is computed inside a residual branch"
+            )
 
 
 def program_for(

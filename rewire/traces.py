@@ -25,6 +25,7 @@ class Trace:
         result: Structure of the result.
         guards: Nodes whose values decided something, with the values.
         asked: Nodes that ask for the truth of a tensor, with the answers the code went on with.
+        held: For each of them the nodes whose values the code's variables held then.
         constants: Placeholders that stand for objects the code reads, with the objects.
         mutations: For each node, the tensors (storages) it changes in place.
         adds: Nodes that add two floating tensors, in order.
@@ -38,6 +39,7 @@ class Trace:
     result: Spec = None
     guards: list[tuple[fx.Node, Any]] = field(default_factory=list)
     asked: dict[fx.Node, bool] = field(default_factory=dict)
+    held: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
     constants: dict[fx.Node, Any] = field(default_factory=dict)
     mutations: dict[fx.Node, set[int]] = field(default_factory=dict)
     adds: list[fx.Node] = field(default_factory=list)

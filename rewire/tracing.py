@@ -8,11 +8,13 @@ for again where the code runs. Children are leaves: called, never looked into.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import pickle
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -36,6 +38,8 @@ from rewire.watching import ADDITIONS, as_fake, watched_calls
 _FACTORIES = """arange empty eye full linspace ones rand randint randn tensor zeros
     finfo iinfo""".split()
 _MOST_ANSWERS = 8
+# Results that have as many parts as a size says.
+_PARTING = """unbind split hsplit vsplit dsplit unsafe_split""".split()
 _TRACING = threading.Lock()  # fx graphs are built under patches of torch's own names
 
 
@@ -68,15 +72,27 @@ def trace_home(
             leaves = [as_fake(mode, leaf) for leaf in leaves]
             stack.enter_context(mode)
             _gather_shards(home)
-        tracer = _Tracer(home, {home.get_submodule(name) for name in inlined} | {home}, answers)
-        stack.enter_context(tracer.patches())
-        try:
-            return tracer.run(forward, leaves, spec)
-        except CannotTrace:
-            raise
-        except Exception as error:
-            text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise CannotTrace(f"its forward cannot be traced ({text})") from error
+        scope = {home.get_submodule(name) for name in inlined} | {home}
+        while True:
+            tracer = _Tracer(home, scope, answers)
+            try:
+                with tracer.patches():
+                    return tracer.run(forward, leaves, spec)
+            except CannotTrace:
+                raise
+            except Exception as error:
+                assumed = list(tracer.trace.asked.values())
+                if len(assumed) == len(answers) or not assumed[-1]:
+                    raise CodeRaised(f"its forward cannot be traced ({_text(error)})") from error
+                answers = (*assumed[:-1], False)  # `assert not x.isnan().any()`
+
+
+def _text(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+class CodeRaised(CannotTrace):
+    """The traced code itself raised an error, which is the cause of this one."""
 
 
 class _Tracer(fx.proxy.TracerBase):
@@ -93,7 +109,7 @@ class _Tracer(fx.proxy.TracerBase):
         self._names = {id(module): name for name, module in home.named_modules()}
         self._attributes = dict(_tensor_attributes(home))
         self._attribute_proxies: dict[int, HintProxy] = {}
-        self._proxies: list[HintProxy] = []
+        self._proxies: list[weakref.ref[HintProxy]] = []
         self._objects: dict[int, fx.Node] = {}
         self._surroundings = self._state()
 
@@ -211,6 +227,8 @@ class _Tracer(fx.proxy.TracerBase):
         spec = flatten(hint)[1] if type(hint) is not torch.Size else None
         if not isinstance(spec, Container) or _is_structseq(hint):
             return HintProxy(node, self)
+        if top:
+            node = self._as_traced(node, hint, spec)
         if spec.names:
             get: Callable[[Any, Any], Any] = getattr
             if isinstance(hint, dict):
@@ -220,6 +238,17 @@ class _Tracer(fx.proxy.TracerBase):
             return hint.__class__(**items) if spec.type is not dict else items
         parts = [self._item(operator.getitem, node, item, i) for i, item in enumerate(hint)]
         return spec.type(*parts) if hasattr(spec.type, "_fields") else spec.type(parts)
+
+    def _as_traced(self, node: fx.Node, hint: Any, spec: Container) -> fx.Node:
+        """A node that refuses a result of another structure than the traced one."""
+        if node.op != "call_module" and _name_of(node) in _PARTING:
+            parts = self.graph.call_function(len, (node,))
+            self.trace.hints[parts] = len(hint)
+            self.guard(parts, len(hint))
+            return node
+        checked = self.graph.call_function(_check_of(spec, _name_of(node)), (node,))
+        self.trace.hints[checked] = hint
+        return checked
 
     def _item(self, get: Any, node: fx.Node, hint: Any, key: Any) -> Any:
         if hint is None or isinstance(hint, (bool, str)):
@@ -231,7 +260,7 @@ class _Tracer(fx.proxy.TracerBase):
     def _redirect(self, node: fx.Node, changed: set[int]) -> None:
         """After an operation in place, whoever holds the tensor sees the result."""
         self.trace.mutations[node] = changed
-        for proxy in self._proxies:
+        for proxy in self._held():
             hint = self.trace.hints[proxy.node]
             if isinstance(hint, Tensor) and storage_of(hint) in changed and proxy.node is not node:
                 after = self.graph.call_function(after_effect, (proxy.node, node))
@@ -254,7 +283,12 @@ class _Tracer(fx.proxy.TracerBase):
         return self._attribute_proxies[id(tensor)]
 
     def _constant(self, value: Any) -> fx.Node:
-        """The placeholder of an object that the code reads: a module, a function, an enum."""
+        """The node of an object that the code reads: a child by its name, or a placeholder."""
+        if id(value) not in self._objects and id(value) in self._names:
+            node = self.graph.get_attr(self._names[id(value)])
+            node.meta["module"] = True
+            self.trace.hints[node] = value
+            self._objects[id(value)] = node
         if id(value) not in self._objects:
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_before(first):
@@ -265,7 +299,12 @@ class _Tracer(fx.proxy.TracerBase):
 
     def register(self, proxy: HintProxy) -> None:
         """Note a proxy that the code may hold."""
-        self._proxies.append(proxy)
+        self._proxies.append(weakref.ref(proxy))
+
+    def _held(self) -> list[HintProxy]:
+        """Proxies that somebody still holds."""
+        proxies = [reference() for reference in self._proxies]
+        return [proxy for proxy in proxies if proxy is not None]
 
     def guard(self, node: fx.Node, value: Any) -> Any:
         """Note a decision."""
@@ -280,6 +319,7 @@ class _Tracer(fx.proxy.TracerBase):
         answer = self._answers[len(asked)] if len(asked) < len(self._answers) else True
         question = self.graph.call_function(bool, (node,))
         self.trace.hints[question] = asked[question] = answer
+        self.trace.held[question] = {proxy.node for proxy in self._held()}
         return answer
 
     @staticmethod
@@ -404,6 +444,29 @@ def _tensor_attributes(home: nn.Module) -> Iterator[tuple[int, str]]:
         for name, value in named.items():
             if isinstance(value, Tensor):
                 yield id(value), f"{prefix}.{name}".lstrip(".")
+
+
+def _name_of(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else node.target.__name__
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_of(spec: Container, name: str) -> Callable[[Any], Any]:
+    """A function that gives a result back if it has the structure that the trace relies on.
+
+    The lengths of containers in it, and what is None, a truth value or a string there.
+    """
+
+    def as_traced(result: Any) -> Any:
+        if flatten(result)[1] != spec:
+            raise CannotTrace(
+                f"{name}: its result is built otherwise than when its caller was traced (another "
+                "length, or None, a truth value or a string is another). Keep the caller out with "
+                "`exclude=`."
+            )
+        return result
+
+    return as_traced
 
 
 def _python_random_states() -> tuple[Any, bytes]:

@@ -83,6 +83,7 @@ def bert(depth: int) -> tuple[nn.Module, Tensor]:
         attention_probs_dropout_prob=0.0,
     )
     model = BertModel(config, add_pooling_layer=False)
+    model.embeddings.word_embeddings.requires_grad_(False)  # its place is taken by the input
     return Hidden(model), torch.randn(8, 128, config.hidden_size, requires_grad=True)
 
 

@@ -99,6 +99,8 @@ class Columns:
     def of(cls, digits: Tensor, stream: Tensor, dim: int) -> Columns:
         """Measure each channel's range and pack what pays.
 
+        The widths decide what is allocated, so this waits for the device, once per normalisation.
+
         Args:
             digits: [*S], integral; NaN or huge where the inverse knows nothing. Overwritten.
             stream: [*S], what the inverse has to give.

@@ -45,10 +45,11 @@ def test_bits_at_depth_48(network: str, mode: str, coupling: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("coupling", ["re2", "consistent(1/4)", "dr2(0.9, 0.1)", "dr2(1, 1.3)"])
+@pytest.mark.parametrize("coupling", ["re2", "consistent(1/4)", "dr2(0.9, 0.1)", "dr2(0.5, 0.5)"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_bits_at_depth_96(network: str, mode: str, coupling: str) -> None:
+    """Without couplings under which the streams themselves grow, 1.74 times in each module."""
     prove(network, mode, 96, coupling)
     assert network in NETWORKS
 

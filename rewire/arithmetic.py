@@ -84,6 +84,7 @@ class Coupled:
         """Keep what the inverse will need of x_{i-1}."""
         grid, b = self.grid, self.k.b
         if grid is None:
+            self.kept = older.detach() if _is(b, 0.0) else None
             return
         width = self._width
         if grid.behind or width == WHOLE:

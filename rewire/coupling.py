@@ -67,7 +67,10 @@ class Coupling:
 
     def coefficients(self, x: Tensor, training: bool) -> Coefficients:
         """a, b, c of one step. `x` is the newest stream, [N, *S]."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__qualname__}: add a method coefficients(self, x, training) that gives "
+            "rewire.Coefficients(a, b, c)."
+        )
 
     def merge(self, newest: Tensor, older: Tensor, first: Tensor) -> Tensor:
         """The chain's output from x_n, x_{n-1} and (where `merges_input`) x_0: the last, x_n."""
@@ -80,7 +83,7 @@ class Coupling:
         Raises:
             RewireError: b is a tensor. The class must say then what its smallest |b| is.
         """
-        b = self.coefficients(torch.zeros(1), True).b
+        b = self._typical().b
         if isinstance(b, Tensor):
             raise RewireError(
                 f"coupling {self.name}: its b is a tensor. Add a property `factor` that gives the "
@@ -105,16 +108,39 @@ class Coupling:
         return width_of(self.factor, self.slack)
 
     @property
+    def gain(self) -> float:
+        """Factor by which the streams grow in one module where the branches add nothing.
+
+        The largest root, in absolute value, of r^2 = a r + b; 1 where these are tensors.
+        """
+        a, b, _ = self._typical()
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            return 1.0
+        root = complex(a * a + 4 * b) ** 0.5
+        return max(abs((a + root) / 2), abs((a - root) / 2))
+
+    @property
     def growth(self) -> float:
         """Largest factor ρ by which an error of the inverse grows in one module.
 
         The largest root, in absolute value, of b r^2 + a r = 1.
         """
-        a, b, _ = self.coefficients(torch.zeros(1), True)
+        a, b, _ = self._typical()
         if isinstance(a, Tensor) or isinstance(b, Tensor) or b == 0:
             return math.inf
         root = complex(a * a + 4 * b) ** 0.5
         return max(abs((-a + root) / (2 * b)), abs((-a - root) / (2 * b)))
+
+    def _typical(self) -> Coefficients:
+        """Coefficients of some step in training; the generators stay as they are."""
+        with torch.random.fork_rng(devices=[]):
+            k = self.coefficients(torch.zeros(1), True)
+        if not isinstance(k, Coefficients):
+            raise RewireError(
+                f"coupling {self.name}: its coefficients are {k!r}, and must be "
+                "rewire.Coefficients(a, b, c)."
+            )
+        return k
 
     def __str__(self) -> str:
         fields = [field.name for field in dataclasses.fields(self) if _shown(self, field)]
@@ -260,19 +286,41 @@ def coupling_from(spec: str | Coupling) -> Coupling:
         Consistent(gamma=0.25)
     """
     if isinstance(spec, Coupling):
-        return spec
+        return _named(spec)
+    if isinstance(spec, type):
+        raise RewireError(
+            f"coupling {spec.__name__} is a class; pass an object, {spec.__name__}()."
+        )
     match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", str(spec))
     kind = COUPLINGS.get(match[1]) if match else None
     if match is None or kind is None:
         raise RewireError(
             f"coupling {spec!r} is not known. Choose one of "
             + ", ".join(map(str, (cls() for cls in COUPLINGS.values())))
-            + ", e.g. 'consistent(1/4)' or 're2(sum)', or pass a rewire.Coupling of your own."
+            + ", e.g. 'consistent(1/4)' or 're2(sum)', or pass a rewire.Coupling of your own, an "
+            "object (a file that was saved with one: rewire.load(path, coupling=...))."
         )
     try:
         return kind(*(_value(part) for part in (match[2] or "").split(",") if part.strip()))
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        raise RewireError(
+            f"coupling {spec!r} cannot be read. Give {match[1]} its numbers alone, as in "
+            f"{str(kind())!r}."
+        ) from error
+    except ValueError as error:
         raise RewireError(f"coupling {spec!r}: {error}") from error
+
+
+def _named(coupling: Coupling) -> Coupling:
+    """A coupling that its spelling cannot be mistaken for another's."""
+    name, known = coupling.name, COUPLINGS.get(coupling.name)
+    if not name or (known is not None and not isinstance(coupling, known)):
+        raise RewireError(
+            f"{type(coupling).__qualname__}: its name {name!r} is "
+            + ("that of another coupling" if name else "missing")
+            + ", and plans and files keep couplings by name. Add a class attribute `name`."
+        )
+    return coupling
 
 
 def _value(text: str) -> Any:

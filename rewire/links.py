@@ -26,6 +26,7 @@ from rewire.grid import Grid, OnGrid
 from rewire.steps import Layout, Tail
 from rewire.tape import Tape
 
+_MOST_GAIN = 2.0**10
 PRECISIONS = ("exact", "float64", "fast")
 
 
@@ -73,8 +74,22 @@ class Course:
             if given not in known:
                 raise ValueError(f"{what}={given!r}; choose one of {', '.join(map(repr, known))}.")
         self.drift = drift.Chain(self.name, check)
+        self._refuse_gain()
         if self.precision == "fast":
             self._refuse_growth()
+
+    def _refuse_gain(self) -> None:
+        """Where streams grow, float32 holds the first modules' share to ever fewer digits."""
+        gain = self.coupling.gain
+        if self.precision == "float64" or gain <= 1:
+            return
+        safe = int(math.log(_MOST_GAIN) / math.log(gain))
+        if len(self.sites) > safe:
+            raise RewireError(
+                f"chain {self.name or '(model)'}: under {self.coupling} the streams grow "
+                f"{gain:.3g} times in each module. float32 holds them up to {safe} modules, and "
+                f'these are {len(self.sites)}: use precision="float64", or a coupling with a + b = 1.'
+            )
 
     def _refuse_growth(self) -> None:
         """Without a grid an error of the inverse grows from module to module."""

@@ -196,11 +196,6 @@ def _install(rev: nn.Module, plan: Plan, coupling: str | Coupling | None, check:
 def _course(chain: Chain, coupling: str | Coupling | None, check: str) -> Course:
     """A chain at run time."""
     sites = tuple(residual.name for residual in chain)
-    if chain.norms and chain.precision == "fast":
-        raise RewireError(
-            f"chain {chain.name or '(model)'}: {chain.norms} normalisations stand on its trunk, "
-            'and precision="fast" cannot undo them (safe: 0). Use precision="exact".'
-        )
     found = coupling_from(chain.coupling if coupling is None else coupling)
     return Course(chain.name, sites, found, chain.precision, check)
 

@@ -177,11 +177,10 @@ def _couple(
         if coarser is not None:
             undo.grid = coarser
             following = undo.forward(newest, older, *terms)
-        if tape is not None:
-            undo.keep(older)
         following = undo.attached(following, newest, older, *terms)
         grid = coarser or grid._replace(behind=False)
     if tape is not None:
+        undo.keep(older)
         tape.commit(step, following, newest)
     return following, grid, output
 

@@ -27,7 +27,7 @@ from rewire.errors import RewireError
 from rewire.inputs import Example, example_for
 from rewire.isolation import isolated, training_mode
 from rewire.profiling import floating_tensors, profile, saved_inside
-from rewire.replay import RngStates, all_rng_states
+from rewire.replay import RngStates, all_rng_states, replayed_generators
 from rewire.reversible import ReversibleSequential, exact, kept_grids, store_activations
 from rewire.tape import watch_repeats
 
@@ -299,6 +299,7 @@ def _run(model: nn.Module, example: Example, training: bool, stored: bool) -> _R
         stack.enter_context(isolated(model))
         stack.enter_context(kept_grids(model))
         stack.enter_context(training_mode(model, training))
+        stack.enter_context(replayed_generators(_own_generators(model)))
         seen = stack.enter_context(watch_reconstruction())
         if stored:
             stack.enter_context(store_activations(model))
@@ -318,6 +319,12 @@ def _run(model: nn.Module, example: Example, training: bool, stored: bool) -> _R
     inputs = dict(zip(leaves, gradients, strict=False))
     weights = dict(zip(parameters, gradients[len(leaves) :], strict=True))
     return _Run(outputs, inputs, weights, buffers, generators, seen)
+
+
+def _own_generators(model: nn.Module) -> list[tuple[torch.Generator, Tensor]]:
+    values = [value for module in model.modules() for value in vars(module).values()]
+    found = {id(value): value for value in values if isinstance(value, torch.Generator)}
+    return [(generator, generator.get_state()) for generator in found.values()]
 
 
 def _fresh(example: Example) -> tuple[Example, dict[str, Tensor]]:

@@ -510,3 +510,52 @@ def test_a_branch_that_writes_to_the_stream_is_refused(how: str) -> None:
     surroundings = torch.no_grad() if how == "no_grad" else rewire.store_activations(net)
     with surroundings, pytest.raises(rewire.NotRepeatable, match="changes one of its inputs"):
         net(rows())
+
+
+@dataclass(frozen=True)
+class Impostor(rewire.Coupling):
+    """Named as another one."""
+
+    name: ClassVar[str] = "consistent"
+
+    def coefficients(self, x: Tensor, training: bool) -> Coefficients:
+        return Coefficients(0.5, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Careless(rewire.Coupling):
+    """Gives a bare tuple."""
+
+    name: ClassVar[str] = "careless"
+
+    def coefficients(self, x: Tensor, training: bool) -> Any:
+        return (0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("coupling", "says"),
+    [
+        (Impostor(), "is that of another coupling"),
+        (Careless(), r"must be rewire.Coefficients\(a, b, c\)"),
+        (rewire.Re2, r"is a class; pass an object, Re2\(\)"),
+        ("consistent(gamma=1/4)", r"its numbers alone, as in 'consistent\(1/2\)'"),
+        ("dr2(3, 0.5)", "the streams grow 3.16 times in each module. float32 holds them up to 6"),
+    ],
+)
+def test_couplings_that_are_refused(coupling: Any, says: str) -> None:
+    with pytest.raises(rewire.RewireError, match=says):
+        ReversibleSequential([perceptron() for _ in range(7)], coupling=coupling)
+
+
+def test_bdia_in_eval_mode_in_plain_floats() -> None:
+    """b is 0 there: the older stream is kept."""
+    torch.manual_seed(0)
+    branches = [perceptron().double() for _ in range(4)]
+    grads = []
+    for precision in ("fast", "exact"):
+        net = ReversibleSequential(branches, coupling="bdia", precision=precision).eval()
+        torch.manual_seed(1)
+        x = rows().double().requires_grad_()
+        grads.append(torch.autograd.grad(net(x).sin().sum(), [x, *net.parameters()]))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

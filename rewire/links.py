@@ -88,7 +88,8 @@ class Course:
             raise RewireError(
                 f"chain {self.name or '(model)'}: under {self.coupling} the streams grow "
                 f"{gain:.3g} times in each module. float32 holds them up to {safe} modules, and "
-                f'these are {len(self.sites)}: use precision="float64", or a coupling with a + b = 1.'
+                f"these are {len(self.sites)}: use "
+                'precision="float64", or a coupling with a + b = 1.'
             )
 
     def _refuse_growth(self) -> None:

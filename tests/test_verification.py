@@ -13,6 +13,7 @@ import torch
 import torchvision
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rewire
 from rewire.reversible import ReversibleSequential
@@ -196,3 +197,32 @@ def test_verdict_prints_as_a_table_and_as_json() -> None:
     assert data["passed"] is False
     assert data["checks"][1]["passed"] is False
     assert data["checks"][0]["name"] == "outputs"
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_an_encoder_in_eval_mode_on_fake_tensors(norm_first: bool) -> None:
+    """Inputs are found on fakes, where attention's fast path gives more than real tensors do."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    rev = rewire.make_reversible(model, torch.randn(2, 3, 16)).eval()
+    assert rewire.verify(rev, torch.randn(2, 3, 16)).passed
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        assert rev(torch.empty(2, 3, 16)).shape == (2, 3, 16)
+
+
+class OwnGenerator(nn.Module):
+    """x + noise of a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.generator = nn.Linear(8, 8), torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x) * torch.rand(x.shape, generator=self.generator)
+
+
+def test_own_generators_are_no_fault() -> None:
+    model = nn.Sequential(*(OwnGenerator() for _ in range(6)))
+    rev = rewire.make_reversible(model, torch.randn(2, 8))
+    verdict = rewire.verify(rev, torch.randn(256, 8))
+    assert verdict.passed, str(verdict)

@@ -156,9 +156,12 @@ class Plan:
         return cls(**{**data, "chains": chains, "skipped": skipped})
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.chains)} chains, {len(self.modules)} residual modules"]
-        lines += [f"  {chain.name or '(model)'}: {len(chain)} modules" for chain in self.chains]
-        lines += [f"  left alone: {row.where} ({row.reason})" for row in self.skipped]
+        chains = "1 chain" if len(self.chains) == 1 else f"{len(self.chains)} chains"
+        lines = [f"{self.model}: {chains}, {len(self.modules)} residual modules"]
+        for chain in self.chains:
+            how = f"{len(chain)} modules, {chain.coupling}, {chain.precision}"
+            lines.append(f"  {chain.name or '(model)'}: {how}")
+        lines += [f"  left alone: {row.where or '(model)'} ({row.reason})" for row in self.skipped]
         return "\n".join(lines)
 
 

@@ -95,7 +95,7 @@ def load(
     Args:
         path: A file that `save` or `rewire convert` wrote.
         trust: Packages whose classes (or builder function) the file may name, beyond those
-            of torch.nn, torchvision, timm and transformers' own models.
+            of torch.nn, torchvision and timm; models of transformers may need "transformers".
         coupling: As for `make_reversible`: another than the file names, or the one of your own
             that it was saved with.
 

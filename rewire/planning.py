@@ -94,13 +94,14 @@ def coupled(plan: Plan, coupling: str | Coupling | None, precision: str | None) 
     changed: dict[str, Any] = {} if precision is None else {"precision": precision}
     if found is not None:
         changed |= {"coupling": str(found), "bits": found.bits}
-    for chain in plan.chains if precision == "fast" else ():
-        if chain.norms:
+    chains = [replace(chain, **changed) for chain in plan.chains]
+    for chain in chains:
+        if chain.norms and chain.precision == "fast":
             raise RewireError(
                 f"chain {chain.name or '(model)'}: {chain.norms} normalisations stand on its "
                 'trunk, and precision="fast" cannot undo them (safe: 0). Use precision="exact".'
             )
-    return replace(plan, chains=[replace(chain, **changed) for chain in plan.chains])
+    return replace(plan, chains=chains)
 
 
 def _check_choices(**given: str) -> None:

@@ -284,18 +284,20 @@ class _Tracer(fx.proxy.TracerBase):
 
     def _constant(self, value: Any) -> fx.Node:
         """The node of an object that the code reads: a child by its name, or a placeholder."""
-        if id(value) not in self._objects and id(value) in self._names:
-            node = self.graph.get_attr(self._names[id(value)])
+        if id(value) in self._objects:
+            return self._objects[id(value)]
+        name = self._names.get(id(value))
+        if name:  # the home itself has none
+            node = self.graph.get_attr(name)
             node.meta["module"] = True
-            self.trace.hints[node] = value
-            self._objects[id(value)] = node
-        if id(value) not in self._objects:
+        else:
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_before(first):
                 node = self.graph.placeholder(f"constant_{len(self._objects)}")
-            self.trace.hints[node] = self.trace.constants[node] = value
-            self._objects[id(value)] = node
-        return self._objects[id(value)]
+            self.trace.constants[node] = value
+        self.trace.hints[node] = value
+        self._objects[id(value)] = node
+        return node
 
     def register(self, proxy: HintProxy) -> None:
         """Note a proxy that the code may hold."""

@@ -224,6 +224,27 @@ def test_a_child_handed_to_another() -> None:
         model[0].lin = rev[0].lin = new
 
 
+class Reading(nn.Module):
+    """A child that reads a number of whoever calls it."""
+
+    def forward(self, caller: nn.Module, x: Tensor) -> Tensor:
+        return x * caller.scale
+
+
+def test_a_home_that_hands_itself_to_a_child() -> None:
+    def body(block: Block, x: Tensor) -> Tensor:
+        return x + block.reading(block, block.f(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(body) for _ in range(2))).double()
+    for block in model:
+        block.reading, block.scale = Reading(), 0.5
+    rev = rewire.make_reversible(model, rows(), coupling=Original(), check="raise")
+    x = rows()
+    for a, b in zip(outputs(rev, x), outputs(model, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
 class Looped(nn.Module):
     """The residual loop in the root's own code, with a question in the middle or without."""
 

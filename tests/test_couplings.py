@@ -559,3 +559,13 @@ def test_bdia_in_eval_mode_in_plain_floats() -> None:
         grads.append(torch.autograd.grad(net(x).sin().sum(), [x, *net.parameters()]))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_plan_that_was_made_fast_by_hand_is_refused() -> None:
+    """Whoever carries the plan out asks for nothing; the plan itself says what it wants."""
+    torch.manual_seed(0)
+    model = transformer(2, norm=lambda: nn.LayerNorm(WIDTH))
+    plan = rewire.plan(model, rows())
+    chains = [dataclasses.replace(chain, precision="fast") for chain in plan.chains]
+    with pytest.raises(rewire.RewireError, match="2 normalisations stand on its trunk"):
+        rewire.make_reversible(model, plan=dataclasses.replace(plan, chains=chains))

@@ -113,23 +113,26 @@ class Coupling:
 
         The largest root, in absolute value, of r^2 = a r + b; 1 where these are tensors.
         """
-        a, b, _ = self._typical()
-        if isinstance(a, Tensor) or isinstance(b, Tensor):
-            return 1.0
-        root = complex(a * a + 4 * b) ** 0.5
-        return max(abs((a + root) / 2), abs((a - root) / 2))
+        roots = self._roots()
+        return max(roots) if roots else 1.0
 
     @property
     def growth(self) -> float:
         """Largest factor ρ by which an error of the inverse grows in one module.
 
-        The largest root, in absolute value, of b r^2 + a r = 1.
+        The largest root, in absolute value, of b r^2 + a r = 1: one over the smallest root of
+        r^2 = a r + b. Infinite where b is 0, or a or b is a tensor.
         """
+        smallest = min(self._roots(), default=0.0)
+        return 1 / smallest if smallest else math.inf
+
+    def _roots(self) -> tuple[float, ...]:
+        """Absolute values of the roots of r^2 = a r + b; none where these are tensors."""
         a, b, _ = self._typical()
-        if isinstance(a, Tensor) or isinstance(b, Tensor) or b == 0:
-            return math.inf
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            return ()
         root = complex(a * a + 4 * b) ** 0.5
-        return max(abs((-a + root) / (2 * b)), abs((-a - root) / (2 * b)))
+        return abs((a + root) / 2), abs((a - root) / 2)
 
     def _typical(self) -> Coefficients:
         """Coefficients of some step in training; the generators stay as they are."""

@@ -23,6 +23,7 @@ from rewire import drift
 from rewire.coupling import Coupling, Re2
 from rewire.errors import RewireError, StreamMismatch
 from rewire.grid import Grid, OnGrid
+from rewire.replay import version
 from rewire.steps import Layout, Tail
 from rewire.tape import Tape
 
@@ -255,11 +256,6 @@ def _place(x: Tensor) -> tuple[int, int] | None:
         return int(x.untyped_storage()._cdata), int(x.storage_offset())
     except (RuntimeError, NotImplementedError):
         return None
-
-
-def version(x: Tensor) -> int:
-    """The version counter; inference tensors have none."""
-    return -1 if x.is_inference() else x._version
 
 
 def choose_site(course: Course, sites: Sequence[int], link: Link | None) -> tuple[int, Link | None]:

@@ -143,7 +143,7 @@ class Holdings:
         self._buffers: list[Place] = []
         self._parameters: list[Place] = []
         self._generators: list[torch.Generator] = []
-        self._learnt: dict[tuple[bool, ...], Collection[Place]] = {}
+        self._learnt: dict[tuple[bool, ...], set[Place]] = {}
 
     def refresh(self, roots: Iterable[nn.Module | None], read: Iterable[Place] = ()) -> None:
         """Look at the modules again: children may have been replaced or parametrized.
@@ -187,7 +187,7 @@ class Holdings:
             if learnt is None or place in learnt or _is_small(place, small)
         ]
         values = [_clone(m._buffers[name]) for m, name in places]
-        versions = [_version(m._buffers[name]) for m, name in self._buffers]
+        versions = [version(m._buffers[name]) for m, name in self._buffers]
         return Before(flags, places, values, versions)
 
     def after(self, before: Before | None) -> Changed:
@@ -205,7 +205,7 @@ class Holdings:
             busy = {m for (m, n), old in kept if not _same(m._buffers[n], old)}
         else:
             now = zip(self._buffers, before.versions, strict=True)
-            new = {(m, n) for (m, n), version in now if _version(m._buffers[n]) != version}
+            new = {(m, n) for (m, n), old in now if version(m._buffers[n]) != old}
             busy = {m for m, _ in (*new, *self._learnt[before.flags])}
         self._learnt[before.flags] = {(m, n) for m, n in self._buffers if m in busy}
         self._refuse(new.difference(before.places))
@@ -227,7 +227,7 @@ class Holdings:
     def parameters(self) -> list[Held]:
         """The parameters in use, with their version counters."""
         held = ((m, name, m._parameters.get(name)) for m, name in self._parameters)
-        return [Held(m, name, p, _version(p)) for m, name, p in held if p is not None]
+        return [Held(m, name, p, version(p)) for m, name, p in held if p is not None]
 
 
 def _is_small(place: Place, limit: int) -> bool:
@@ -305,7 +305,7 @@ def changed_flag(flags: Flags) -> str | None:
 
 def changed_parameter(held: Sequence[Held]) -> str | None:
     """Name of a parameter that was changed in place since it was used."""
-    return next((h.name for h in held if _version(h.parameter) != h.version), None)
+    return next((h.name for h in held if version(h.parameter) != h.version), None)
 
 
 def _both_plain(held: Held, now: Tensor | None) -> bool:
@@ -329,8 +329,9 @@ def _clone(buffer: Tensor | None) -> Tensor:
     return torch.empty(0) if buffer is None else buffer.detach().clone()
 
 
-def _version(buffer: Tensor | None) -> int:
-    return -1 if buffer is None or buffer.is_inference() else buffer._version
+def version(tensor: Tensor | None) -> int:
+    """The version counter; -1 for None and for inference tensors, which have none."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _same(buffer: Tensor | None, old: Tensor) -> bool:

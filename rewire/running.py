@@ -15,9 +15,9 @@ from rewire import drift
 from rewire.arithmetic import Coupled
 from rewire.errors import RewireError, StreamMismatch
 from rewire.grid import OnGrid, rounded, straight
-from rewire.links import Course, Link, choose_site, find, version
+from rewire.links import Course, Link, choose_site, find
 from rewire.norms import Normed, Watching
-from rewire.replay import autocast_state, uncached_autocast
+from rewire.replay import autocast_state, uncached_autocast, version
 from rewire.steps import Branch, Layout, Output, Record, Step, Tail
 from rewire.tape import Tape, written_input
 

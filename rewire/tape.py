@@ -35,6 +35,7 @@ from rewire.replay import (
     same_rng_states,
     structural_copy,
     uncached_autocast,
+    version,
 )
 from rewire.steps import Hooks, Output, Record, Step, Tail, never
 from rewire.structure import tensors_of
@@ -102,7 +103,7 @@ class Tape:
         step.flags = holdings.flags()
         step.generators = holdings.generators(sides)
         before = holdings.before(x.nbytes // _SMALL)
-        version = _version(x)
+        before_run = version(x)
         with uncached_autocast(), step.record.dropping(self, ("step", len(self.steps))):
             output = step.branch(x, sides)
         step.buffers = holdings.after(before)
@@ -110,7 +111,7 @@ class Tape:
             self._output = output.branch.detach().clone()
         if not same_rng_states(rng, self._current_rng(x.device)):
             step.rng = rng
-        if _version(x) != version or _versions(step.sides) != step.versions:
+        if version(x) != before_run or _versions(step.sides) != step.versions:
             raise written_input(step.branch.name)
         return output
 
@@ -132,7 +133,7 @@ class Tape:
         self.steps.append(step)
         self.newest, self.older = newest.detach(), older.detach()
         self._made = [
-            (f"chain {self.chain.name or '(model)'}: {name}", stream, _version(stream))
+            (f"chain {self.chain.name or '(model)'}: {name}", stream, version(stream))
             for name, stream in ((before, self.older), (after, self.newest))
         ]
         self.at = len(self.steps)
@@ -276,8 +277,8 @@ class Tape:
     def _check(self, step: Step) -> None:
         """Raise where something that a rerun needs is no longer what it was."""
         made, self._made = self._made, []
-        for name, stream, version in made:
-            if _version(stream) != version:
+        for name, stream, made_at in made:
+            if version(stream) != made_at:
                 raise StreamMismatch(
                     f"{name} was changed in place after forward; backward needs it. Clone it "
                     "before changing it."
@@ -350,16 +351,12 @@ def _drop(_: Tensor) -> None:
     return None
 
 
-def _version(value: Tensor) -> int:
-    return -1 if value.is_inference() else value._version
-
-
 def _versions(sides: Sequence[Any]) -> list[int]:
     """Version counters of the tensors among the side inputs, in plain containers too."""
     found = []
     for side in sides:
         if isinstance(side, Tensor):
-            found.append(_version(side))
+            found.append(version(side))
         elif isinstance(side, (tuple, list, dict)):
-            found += map(_version, tensors_of(side))
+            found += map(version, tensors_of(side))
     return found

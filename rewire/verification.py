@@ -27,7 +27,7 @@ from rewire.errors import RewireError
 from rewire.inputs import Example, example_for
 from rewire.isolation import isolated, training_mode
 from rewire.profiling import floating_tensors, profile, saved_inside
-from rewire.replay import RngStates, all_rng_states, replayed_generators
+from rewire.replay import Holdings, RngStates, all_rng_states, replayed_generators
 from rewire.reversible import ReversibleSequential, exact, kept_grids, store_activations
 from rewire.tape import watch_repeats
 
@@ -322,9 +322,9 @@ def _run(model: nn.Module, example: Example, training: bool, stored: bool) -> _R
 
 
 def _own_generators(model: nn.Module) -> list[tuple[torch.Generator, Tensor]]:
-    values = [value for module in model.modules() for value in vars(module).values()]
-    found = {id(value): value for value in values if isinstance(value, torch.Generator)}
-    return [(generator, generator.get_state()) for generator in found.values()]
+    holdings = Holdings()
+    holdings.refresh([model])
+    return holdings.generators(())
 
 
 def _fresh(example: Example) -> tuple[Example, dict[str, Tensor]]:

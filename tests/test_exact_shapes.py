@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import rewire
 from rewire import arithmetic
 from rewire.reversible import ReversibleSequential
-from rewire.structure import tensors_of
-from tests.exactness import assert_as_stored, assert_exact, courses, some, spread
+from tests.exactness import assert_as_stored, assert_exact, courses, run, some, spread
 from tests.networks import COUPLINGS, MODES, WIDTH, Mode, convolutions, perceptron, rows
 from tests.specimens import SPECIMENS
 
@@ -186,16 +185,5 @@ def prove(name: str, mode: Mode, coupling: str, **options: Any) -> None:
     rev = rewire.make_reversible(model, x, coupling=coupling, check="raise", **options)
     assert courses(rev)
 
-    def grads() -> list[Tensor]:
-        torch.manual_seed(2)
-        leaf = x.clone().requires_grad_()
-        with mode():
-            outputs = [t for t in tensors_of(rev(leaf)) if t.is_floating_point()]
-        loss = sum((n + 1) * t.double().sin().sum() for n, t in enumerate(outputs))
-        wrt = [leaf, *rev.parameters()]
-        found = torch.autograd.grad(loss, wrt, allow_unused=True)
-        values = [t.detach().clone() for t in (*outputs, *rev.buffers())]
-        return [*values, *(torch.zeros(()) if g is None else g for g in found)]
-
     for _ in range(2):
-        assert_as_stored(rev, grads)
+        assert_as_stored(rev, lambda: run(rev, x, mode, seed=2))

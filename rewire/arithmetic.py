@@ -171,7 +171,9 @@ class Coupled:
 def _in_floats(
     newest: Tensor, older: Tensor, branch: Tensor, trunk: Tensor | None, k: Coefficients
 ) -> Tensor:
-    if trunk is not None:
+    if trunk is not None and k.a is k.c:  # as the network was: c (F + T), without x - x
+        branch, k = branch + trunk, k._replace(a=0.0)
+    elif trunk is not None:
         branch = branch + (trunk - newest)
     total = (older if _is(k.b, 1.0) else older * k.b) + (branch if _is(k.c, 1.0) else branch * k.c)
     return total if _is(k.a, 0.0) else total + newest * k.a

@@ -9,12 +9,11 @@ from dataclasses import replace
 
 from rewire.blocks import as_one, blocks
 from rewire.drafts import Draft, foreign_code, name_residuals, skip
+from rewire.nesting import separate
 from rewire.plans import Chain, Residual, Skipped
 from rewire.residuals import Found, common_prefix
 from rewire.trunks import last_norm, link
 from rewire.watching import Watched
-
-_MOST = 0.5  # a chain nested in a branch is kept instead of it from this share of its operations
 
 
 def draft_chains(
@@ -43,7 +42,8 @@ def draft_chains(
             skipped.append(refusal)
     for draft in drafts.values():
         link(watched, draft, drafts, trunk)
-    chains = _nesting(_distinct(_longest(list(drafts.values()))), skipped)
+    chains = _distinct(_longest(list(drafts.values())))
+    chains = separate(watched, chains, _cut, skipped)
     plan = []
     for chain in chains:
         if len(chain) > 1:
@@ -81,7 +81,7 @@ def _cut(chain: list[Draft]) -> list[Draft]:
         head = any(node > first.found.fork for node in first.found.trunk)
         first.residual = replace(first.residual, entry="fork", head=head)
         first.kind = first.kind or "fork"
-        first.cut = first.cut or "another chain goes on from the sum before it"
+        first.cut = first.cut or "the chain of the sum before it goes another way"
     if chain[-1].residual.tail:
         chain[-1].residual = replace(chain[-1].residual, tail=False)
     return chain
@@ -97,29 +97,6 @@ def _distinct(chains: list[list[Draft]]) -> list[list[Draft]]:
         owner.update({draft.key: len(kept) for draft in chain})
         kept.append(chain)
     return sorted(kept, key=lambda chain: chain[0].found.add)
-
-
-def _nesting(chains: list[list[Draft]], skipped: list[Skipped]) -> list[list[Draft]]:
-    """Of a chain and the chains inside its branches, keep those that do most of the work."""
-    dropped: set[int] = set()
-    for outer in sorted(chains, key=lambda chain: chain[0].found.add):
-        if len(outer) < 2 or id(outer) in dropped:
-            continue
-        inside = frozenset().union(*(draft.found.branch for draft in outer))
-        inner = [c for c in chains if c is not outer and c[0].found.add in inside]
-        long = [c for c in inner if len(c) > 1]
-        work = (
-            frozenset().union(*(d.found.branch for c in long for d in c)) if long else frozenset()
-        )
-        where = outer[0].residual.name
-        if len(work) > _MOST * len(inside):
-            dropped.add(id(outer))
-            skipped += [skip(d, "nested", "its branch is mostly chains itself") for d in outer]
-        else:
-            dropped.update(map(id, inner))
-            detail = f"it is inside the branch of a residual module of the chain at {where}"
-            skipped += [skip(d, "nested", detail) for c in inner for d in c]
-    return [chain for chain in chains if id(chain) not in dropped]
 
 
 def _finished(

@@ -24,6 +24,7 @@ import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from rewire.errors import CannotTrace
@@ -32,7 +33,7 @@ from rewire.proxies import HintProxy
 from rewire.replay import autocast_state
 from rewire.structure import Container, Spec, flatten, tensors_of, unflatten
 from rewire.traces import Trace, after_effect, storage_of, tensor_operands
-from rewire.watching import ADDITIONS, as_fake, watched_calls
+from rewire.watching import ADDITIONS, as_fake, structural_or_same, watched_calls
 
 # Functions without tensor arguments, which torch would not hand to a proxy.
 _FACTORIES = """arange empty eye full linspace ones rand randint randn tensor zeros
@@ -69,15 +70,15 @@ def trace_home(
         stack.enter_context(_TRACING)
         stack.enter_context(isolated(home))
         if mode is not None:
-            leaves = [as_fake(mode, leaf) for leaf in leaves]
             stack.enter_context(mode)
             _gather_shards(home)
         scope = {home.get_submodule(name) for name in inlined} | {home}
         while True:
             tracer = _Tracer(home, scope, answers)
+            fresh = [_fresh(leaf, mode) for leaf in leaves]
             try:
                 with tracer.patches():
-                    return tracer.run(forward, leaves, spec)
+                    return tracer.run(forward, fresh, spec)
             except CannotTrace:
                 raise
             except Exception as error:
@@ -85,6 +86,11 @@ def trace_home(
                 if len(assumed) == len(answers) or not assumed[-1]:
                     raise CodeRaised(f"its forward cannot be traced ({_text(error)})") from error
                 answers = (*assumed[:-1], False)  # `assert not x.isnan().any()`
+
+
+def _fresh(leaf: Any, mode: FakeTensorMode | None) -> Any:
+    """An argument for one run of the code, which may write to it (a decoder's cache)."""
+    return structural_or_same(leaf) if mode is None else as_fake(mode, leaf)
 
 
 def _text(error: Exception) -> str:
@@ -460,7 +466,7 @@ def _check_of(spec: Container, name: str) -> Callable[[Any], Any]:
     """
 
     def as_traced(result: Any) -> Any:
-        leaves, found = flatten(result)
+        leaves, found = flatten(tuple(result) if isinstance(result, torch.Size) else result)
         fake = any(isinstance(leaf, FakeTensor) for leaf in leaves)  # kernels' fakes give too much
         if found != spec and not fake:
             raise CannotTrace(
@@ -505,11 +511,11 @@ def _is_structseq(value: Any) -> bool:
 
 
 def _thawed(value: Any) -> Any:
-    """fx's immutable containers as plain ones: some functions insist."""
-    if isinstance(value, list):
+    """fx's immutable containers as plain ones: some functions insist. Values stay as they are."""
+    if isinstance(value, immutable_list):
         return [_thawed(item) for item in value]
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+    if type(value) is tuple:
         return tuple(_thawed(item) for item in value)
-    if isinstance(value, dict):
+    if isinstance(value, immutable_dict):
         return {key: _thawed(item) for key, item in value.items()}
     return value

@@ -1,0 +1,401 @@
+"""Examining one model of the zoo: what it has, what rewire makes of it, and whether that is right.
+
+The residual adds come from `benchmarks.finder`, which knows nothing of rewire; the plain form
+(the same code with x_{i+1} = x_i + F_i(x_i) as its coupling) must be the original bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import rewire
+from benchmarks.finder import Findings, ResidualAdd, find
+from benchmarks.menagerie import Specimen
+from rewire.inputs import Example, as_example, example_for
+
+Row = dict[str, Any]
+LIMIT = 1e-10  # relative error of a float64 gradient
+
+
+@dataclass(frozen=True)
+class AsOriginal(rewire.Coupling):
+    """x_{i+1} = x_i + F_i(x_i): the network before rewiring, run by the rewired one's code."""
+
+    name: ClassVar[str] = "as the original"
+
+    def coefficients(self, x: Tensor, training: bool) -> rewire.Coefficients:
+        return rewire.Coefficients(1.0, 0.0, 1.0)
+
+
+@dataclass
+class Examination:
+    """What was found; `row` makes a line of the record of it."""
+
+    specimen: Specimen
+    numbers: Row = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+    def check(self, name: str, passed: bool | None) -> None:
+        """Note a check; None: it does not apply."""
+        self.numbers[name] = {True: "yes", False: "NO", None: "-"}[passed]
+        if passed is False:
+            self.faults.append(name)
+
+    def row(self) -> Row:
+        """A line of the record."""
+        one = self.specimen
+        return {
+            "library": one.library,
+            "model": one.name,
+            "family": one.family,
+            **dict.fromkeys(COLUMNS, ""),
+            **self.numbers,
+            "verdict": self._verdict(),
+        }
+
+    def _verdict(self) -> str:
+        if self.faults:
+            return f"FAILED: {', '.join(self.faults)}"
+        if self.numbers.get("reason") and not self.numbers.get("modules"):
+            return "declined" if self.numbers["chains"] else "nothing to rewire"
+        if not self.numbers.get("modules"):
+            return "nothing to rewire"
+        return "verified in part" if self.numbers["reason"] else "verified"
+
+
+COLUMNS = """parameters inputs adds chains planned modules of_modules convert_seconds share outside
+    gradient_error plain_eval plain_train plain_batch plain_size statistics keys left reason
+    seconds""".split()
+
+
+def examine(specimen: Specimen) -> Row:
+    """Examine a model, from building it to its gradients in float64."""
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    result = Examination(specimen)
+    model = awake(specimen.build().eval())
+    result.numbers["parameters"] = sum(p.numel() for p in model.parameters())
+    example = _example(specimen, model)
+    result.numbers["inputs"] = example.description
+    findings = find(model, example.args, example.kwargs)
+    began = time.perf_counter()
+    plan = rewire.plan(model, example)
+    if plan.chains:
+        rewire.make_reversible(model, plan=plan)
+    result.numbers["convert_seconds"] = round(time.perf_counter() - began, 2)
+    _compare(result, findings, plan)
+    if plan.chains:
+        _share(result, specimen, model, plan, example)
+        _plain_form(result, model, plan, example)
+        _proof(result, model, plan, example)
+    result.numbers["seconds"] = round(time.perf_counter() - start, 1)
+    return result.row()
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """Weights that begin at zero, or as good as, moved: a branch that gives zeros tests nothing."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and float(parameter.abs().max()) < 1e-3:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def _example(specimen: Specimen, model: nn.Module) -> Example:
+    """What the model is called with: a batch of two where the library has no say in it."""
+    if specimen.inputs is not None:
+        given = specimen.inputs()
+        return as_example(given)
+    if specimen.size is not None:
+        found = example_for(model, shape=(2, 3, *_frames(model), specimen.size, specimen.size))
+        return Example(found.args, found.kwargs, f"{list(found.args[0].shape)}")
+    return example_for(model)
+
+
+def _frames(model: nn.Module) -> tuple[int, ...]:
+    first = next((m for m in model.modules() if hasattr(m, "kernel_size")), None)
+    return (8,) if isinstance(getattr(first, "kernel_size", 0), tuple) and _volume(first) else ()
+
+
+def _volume(layer: Any) -> bool:
+    return len(layer.kernel_size) == 3
+
+
+# ---- finder against detector -------------------------------------------------------------
+
+
+def _compare(result: Examination, findings: Findings, plan: rewire.Plan) -> None:
+    """Hold what exists against what the plan says; a silent difference is a fault."""
+    numbers = result.numbers
+    planned = sorted(map(len, plan.chains), reverse=True)
+    numbers |= {
+        "adds": len(findings.adds),
+        "chains": " ".join(map(str, findings.lengths)),
+        "planned": " ".join(map(str, planned)),
+        "modules": len(plan.modules),
+        "of_modules": sum(findings.lengths),
+        "left": _counted(row.reason for row in plan.skipped),
+    }
+    lost = [add for add in findings.adds if not mentioned(add, plan)]
+    if lost:
+        result.faults.append(f"{len(lost)} adds missed, first {lost[0].owner} {lost[0].line}")
+    alarms = [module for module in plan.modules if not exists(module, findings)]
+    if alarms:
+        result.faults.append(f"{len(alarms)} false alarms, first {alarms[0].name}")
+    numbers["reason"] = "" if planned == findings.lengths else why_not(findings, plan)
+
+
+def why_not(findings: Findings, plan: rewire.Plan) -> str:
+    """The plan's reasons for the modules of chains that it leaves alone, with the first detail."""
+    rows = [
+        row
+        for chain in findings.chains
+        for add in chain
+        for row in plan.skipped
+        if not any(_is(module, add) for module in plan.modules) and _names(row, add)
+    ]
+    if not rows:
+        return "cut otherwise"
+    return f"{_counted(row.reason for row in rows)}: {rows[0].detail}"
+
+
+def mentioned(add: ResidualAdd, plan: rewire.Plan) -> bool:
+    """Whether a residual add is in a chain, or in the plan's list of what is left alone."""
+    modules = any(_is(module, add) for module in plan.modules)
+    return modules or any(_names(row, add) for row in plan.skipped)
+
+
+def exists(module: rewire.Residual, findings: Findings) -> bool:
+    """Whether a residual module that the plan speaks of was seen in the run."""
+    return any(_is(module, add) for add in findings.adds)
+
+
+def _is(module: rewire.Residual, add: ResidualAdd) -> bool:
+    owners = {module.home, *(f"{module.home}.{name}".lstrip(".") for name in module.inlined)}
+    return module.where == add.line and add.owner in owners
+
+
+def _names(row: rewire.Skipped, add: ResidualAdd) -> bool:
+    """Whether a line of the plan's list is about an add: its module, or a branch of its module."""
+    where = row.where.partition("#")[0]
+    inside = where == add.owner or where.startswith(f"{add.owner}.") or not add.owner
+    return row.line == add.line and (inside or add.owner.startswith(f"{where}."))
+
+
+def _counted(reasons: Iterator[str] | Sequence[str]) -> str:
+    return ", ".join(f"{reason} {n}" for reason, n in Counter(reasons).most_common())
+
+
+# ---- bytes -------------------------------------------------------------------------------
+
+
+def _share(
+    result: Examination,
+    specimen: Specimen,
+    model: nn.Module,
+    plan: rewire.Plan,
+    example: Example,
+) -> None:
+    """The share of a training step's stored activations that the chains do not store any more."""
+    if specimen.size is not None:  # the size it is made for, not the one that keeps float64 cheap
+        example = example_for(model)
+    rev = rewire.make_reversible(model, plan=plan)
+    before, after = (_stored(m, example) for m in (model, rev))
+    total = sum(before.values())
+    result.numbers["share"] = round(1 - sum(after.values()) / max(total, 1), 3)
+    outside = sorted(after.items(), key=lambda item: -item[1])[:3]
+    result.numbers["outside"] = ", ".join(
+        f"{name or '(model)'} {size / max(total, 1):.2f}" for name, size in outside
+    )
+
+
+def _stored(model: nn.Module, example: Example) -> Counter[str]:
+    """Bytes that autograd stores in one training forward, by the part of the model."""
+    bytes_of: dict[int, tuple[str, int]] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    owners = [""]
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            part = ".".join(owners[-1].split(".")[:2])
+            bytes_of.setdefault(storage.data_ptr(), (part, storage.nbytes()))
+        return tensor
+
+    with _unchanged(model), _owners(model, owners), torch.enable_grad():
+        model.train()
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = _call(model, example)  # alive, so that no address is used twice
+    del output
+    counted: Counter[str] = Counter()
+    for part, size in bytes_of.values():
+        counted[part] += size
+    return counted
+
+
+@contextmanager
+def _owners(model: nn.Module, owners: list[str]) -> Iterator[None]:
+    """Note whose code runs. Hooks would be seen by rewired modules, which have their own rules."""
+    names = {id(module): name for name, module in model.named_modules()}
+    original = nn.Module.__call__
+
+    def noted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        owners.append(names.get(id(module), owners[-1]))
+        try:
+            return original(module, *args, **kwargs)
+        finally:
+            owners.pop()
+
+    with mock.patch.object(nn.Module, "__call__", noted):
+        yield
+
+
+# ---- the plain form ----------------------------------------------------------------------
+
+
+def _plain_form(result: Examination, model: nn.Module, plan: rewire.Plan, example: Example) -> None:
+    plain = as_original(model, plan)
+    same = same_as(model, plain)
+    result.check("plain_eval", same(example, False))
+    result.check("plain_train", same(example, True))
+    result.check("plain_batch", same(_other_batch(example), False))
+    result.check("plain_size", same(_other_size(example), False))
+
+
+def as_original(model: nn.Module, plan: rewire.Plan) -> nn.Module:
+    """A rewired model whose coupling is the original's and whose streams are plain floats."""
+    plain = rewire.make_reversible(model, plan=plan, coupling=AsOriginal())
+    for module in plain.modules():
+        if isinstance(module, rewire.ReversibleSequential):
+            module.course.precision = "fast"
+    return plain
+
+
+def same_as(model: nn.Module, plain: nn.Module) -> Callable[[Example | None, bool], bool | None]:
+    """Whether outputs and buffers are the same bits; None where the original refuses the call."""
+
+    def same(example: Example | None, training: bool) -> bool | None:
+        if example is None:
+            return None
+        try:
+            wanted = _outcome(model, example, training)
+        except Exception:  # not an input of this model
+            return None
+        with rewire.store_activations(plain):
+            found = _outcome(plain, example, training)
+        pairs = zip(found, wanted, strict=True)
+        return len(found) == len(wanted) and all(_equal(a, b) for a, b in pairs)
+
+    return same
+
+
+def _outcome(model: nn.Module, example: Example, training: bool) -> list[Tensor]:
+    with _unchanged(model), torch.set_grad_enabled(training):
+        model.train(training)
+        torch.manual_seed(0)
+        output = _call(model, example)
+        leaves = [t.detach().clone() for t in tree_leaves(output) if isinstance(t, Tensor)]
+        return [*leaves, *(b.clone() for b in model.buffers())]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _call(model: nn.Module, example: Example) -> Any:
+    args, kwargs = tree_map(_copy, (example.args, example.kwargs))
+    return model(*args, **kwargs)
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers and training flags afterwards are as before."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def _other_batch(example: Example) -> Example | None:
+    """One sample more."""
+    batch = _batch(example)
+
+    def grown(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,):
+            return torch.cat([leaf, leaf[:1]])
+        return leaf
+
+    args, kwargs = tree_map(grown, (example.args, example.kwargs))
+    return Example(args, kwargs) if batch else None
+
+
+def _batch(example: Example) -> int:
+    leaves = tree_leaves((example.args, dict(example.kwargs)))
+    return next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim() > 1), 0)
+
+
+def _other_size(example: Example) -> Example | None:
+    """Larger pictures and volumes, shorter texts."""
+    changed = False
+
+    def other(leaf: Any) -> Any:
+        nonlocal changed
+        if not isinstance(leaf, Tensor) or leaf.dim() < 2:
+            return leaf
+        if leaf.is_floating_point() and leaf.dim() >= 4:
+            sizes = [2 * n if leaf.dim() == 5 and n < 32 else n + 32 for n in leaf.shape[-2:]]
+            changed = True
+            return torch.randn(*leaf.shape[:-2], *sizes)
+        if not leaf.is_floating_point() and leaf.shape[1] > 5:
+            changed = True
+            return leaf[:, :-3]
+        return leaf
+
+    args, kwargs = tree_map(other, (example.args, example.kwargs))
+    return Example(args, kwargs) if changed else None
+
+
+# ---- proof -------------------------------------------------------------------------------
+
+
+def _proof(result: Examination, model: nn.Module, plan: rewire.Plan, example: Example) -> None:
+    """`rewire.verify` in float64, in place: the model is not needed any more."""
+    model.double()
+    example = Example(*tree_map(_double, (example.args, dict(example.kwargs))))
+    rev = rewire.make_reversible(model, plan=plan)
+    verdict = rewire.verify(rev, *example.args, original=model, **example.kwargs)
+    found = {check.name: check for check in verdict.checks}
+    gradients = [c for c in verdict.checks if "gradient" in c.name and c.unit == "relative"]
+    error = max(check.measured for check in gradients)
+    result.numbers["gradient_error"] = f"{error:.1e}"
+    result.check("statistics", found["statistics once"].passed)
+    result.check("keys", found["keys equal"].passed)
+    if not error <= LIMIT:
+        result.faults.append(f"gradients {error:.1e}")
+    result.faults += [f"{c.name} {c.detail}" for c in verdict.checks if not c.passed]
+
+
+def _double(leaf: Any) -> Any:
+    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return leaf.double() if floating else leaf

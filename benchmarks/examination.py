@@ -6,6 +6,8 @@ The residual adds come from `benchmarks.finder`, which knows nothing of rewire; 
 
 from __future__ import annotations
 
+import copy
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from unittest import mock
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -25,6 +28,7 @@ from rewire.inputs import Example, as_example, example_for
 
 Row = dict[str, Any]
 LIMIT = 1e-10  # relative error of a float64 gradient
+ROUNDING = 1e-12  # of float64 outputs whose sums are added up in another order
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Examination:
 
 
 COLUMNS = """parameters inputs adds chains planned modules of_modules convert_seconds share outside
-    gradient_error plain_eval plain_train plain_batch plain_size statistics keys left reason
+    gradient_error dtype plain_eval plain_train plain_batch plain_size statistics keys left reason
     seconds""".split()
 
 
@@ -106,7 +110,7 @@ def awake(model: nn.Module) -> nn.Module:
     """Weights that begin at zero, or as good as, moved: a branch that gives zeros tests nothing."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point() and float(parameter.abs().max()) < 1e-3:
+            if parameter.is_floating_point() and not (parameter.abs() > 1e-3).any():
                 parameter.normal_(0, 0.1)
     return model
 
@@ -188,8 +192,9 @@ def _is(module: rewire.Residual, add: ResidualAdd) -> bool:
 def _names(row: rewire.Skipped, add: ResidualAdd) -> bool:
     """Whether a line of the plan's list is about an add: its module, or a branch of its module."""
     where = row.where.partition("#")[0]
-    inside = where == add.owner or where.startswith(f"{add.owner}.") or not add.owner
-    return row.line == add.line and (inside or add.owner.startswith(f"{where}."))
+    home = where.rpartition(".")[0]  # a residual module is called after the child that does it
+    near = where == add.owner or f"{where}.".startswith(f"{add.owner}.") or not add.owner
+    return row.line == add.line and (near or f"{add.owner}.".startswith((f"{where}.", f"{home}.")))
 
 
 def _counted(reasons: Iterator[str] | Sequence[str]) -> str:
@@ -265,12 +270,24 @@ def _owners(model: nn.Module, owners: list[str]) -> Iterator[None]:
 
 
 def _plain_form(result: Examination, model: nn.Module, plan: rewire.Plan, example: Example) -> None:
-    plain = as_original(model, plan)
-    same = same_as(model, plain)
-    result.check("plain_eval", same(example, False))
-    result.check("plain_train", same(example, True))
-    result.check("plain_batch", same(_other_batch(example), False))
-    result.check("plain_size", same(_other_size(example), False))
+    """Bit for bit; where a sum has several terms, whose order is another, but for rounding."""
+    runs = {
+        "plain_eval": (example, False),
+        "plain_train": (example, True),
+        "plain_batch": (_other_batch(example), False),
+        "plain_size": (_other_size(example), False),
+    }
+    same = same_as(model, as_original(model, plan))
+    for name, (given, training) in runs.items():
+        result.check(name, same(given, training))
+    if result.faults and any(len(module.skip) > 1 for module in plan.modules):
+        wide = copy.deepcopy(model).double()
+        near = same_as(wide, as_original(wide, plan), ROUNDING)
+        for name in [name for name in runs if name in result.faults]:
+            given, training = runs[name]
+            if given is not None and near(_doubled(given), training):
+                result.faults.remove(name)
+                result.numbers[name] = "rounding"
 
 
 def as_original(model: nn.Module, plan: rewire.Plan) -> nn.Module:
@@ -282,8 +299,16 @@ def as_original(model: nn.Module, plan: rewire.Plan) -> nn.Module:
     return plain
 
 
-def same_as(model: nn.Module, plain: nn.Module) -> Callable[[Example | None, bool], bool | None]:
-    """Whether outputs and buffers are the same bits; None where the original refuses the call."""
+def same_as(
+    model: nn.Module, plain: nn.Module, limit: float = 0.0
+) -> Callable[[Example | None, bool], bool | None]:
+    """Whether outputs and buffers are the same; None where the original refuses the call.
+
+    Args:
+        model: The original.
+        plain: The rewired model.
+        limit: Largest relative difference; 0: the same bits.
+    """
 
     def same(example: Example | None, training: bool) -> bool | None:
         if example is None:
@@ -295,22 +320,28 @@ def same_as(model: nn.Module, plain: nn.Module) -> Callable[[Example | None, boo
         with rewire.store_activations(plain):
             found = _outcome(plain, example, training)
         pairs = zip(found, wanted, strict=True)
-        return len(found) == len(wanted) and all(_equal(a, b) for a, b in pairs)
+        return len(found) == len(wanted) and all(_alike(a, b, limit) for a, b in pairs)
 
     return same
+
+
+def _alike(a: Tensor, b: Tensor, limit: float) -> bool:
+    if a.shape != b.shape:
+        return False
+    a, b = a.nan_to_num(), b.nan_to_num()
+    if limit == 0 or not a.is_floating_point():
+        return torch.equal(a, b)
+    return bool(((a - b).abs() <= limit * b.abs().max()).all())
 
 
 def _outcome(model: nn.Module, example: Example, training: bool) -> list[Tensor]:
     with _unchanged(model), torch.set_grad_enabled(training):
         model.train(training)
-        torch.manual_seed(0)
+        for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+            seed(0)
         output = _call(model, example)
         leaves = [t.detach().clone() for t in tree_leaves(output) if isinstance(t, Tensor)]
         return [*leaves, *(b.clone() for b in model.buffers())]
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _call(model: nn.Module, example: Example) -> Any:
@@ -380,9 +411,16 @@ def _other_size(example: Example) -> Example | None:
 
 
 def _proof(result: Examination, model: nn.Module, plan: rewire.Plan, example: Example) -> None:
-    """`rewire.verify` in float64, in place: the model is not needed any more."""
-    model.double()
-    example = Example(*tree_map(_double, (example.args, dict(example.kwargs))))
+    """`rewire.verify` in float64, in place: the model is not needed any more.
+
+    A few networks have no float64 (kernels of their own, masks that become NaN): in float32 they
+    must give the twin's gradients bit for bit, as exact mode promises.
+    """
+    if _runs(copy.deepcopy(model).double(), _doubled(example)):
+        model.double()
+        example = _doubled(example)
+    else:
+        result.numbers["dtype"] = "float32"
     rev = rewire.make_reversible(model, plan=plan)
     verdict = rewire.verify(rev, *example.args, original=model, **example.kwargs)
     found = {check.name: check for check in verdict.checks}
@@ -394,6 +432,19 @@ def _proof(result: Examination, model: nn.Module, plan: rewire.Plan, example: Ex
     if not error <= LIMIT:
         result.faults.append(f"gradients {error:.1e}")
     result.faults += [f"{c.name} {c.detail}" for c in verdict.checks if not c.passed]
+
+
+def _runs(model: nn.Module, example: Example) -> bool:
+    """Whether it does, in eval mode, to numbers."""
+    try:
+        leaves = _outcome(model, example, False)
+    except Exception:  # whatever it is, the network has no such dtype
+        return False
+    return not any(leaf.isnan().any() for leaf in leaves if leaf.is_floating_point())
+
+
+def _doubled(example: Example) -> Example:
+    return Example(*tree_map(_double, (example.args, dict(example.kwargs))))
 
 
 def _double(leaf: Any) -> Any:

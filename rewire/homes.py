@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.errors import CannotTrace, StreamMismatch
@@ -169,7 +169,7 @@ class HomeState:
             answers: To the first questions of the code whether a tensor is true.
         """
         modes = torch.is_grad_enabled(), autocast_state("cpu"), torch.is_autocast_enabled("cuda")
-        key = (spec, modes, self._fingerprint(home))
+        key = (spec, modes, original_class(type(home)).forward, self._fingerprint(home))
         programs = self.programs.setdefault(key, [])
         for program in programs:
             if program.suits(home, leaves, answers):
@@ -375,6 +375,11 @@ def hidden_chains(home: nn.Module) -> Iterator[None]:
 # ---- classes -----------------------------------------------------------------------------
 
 
+def is_home(module: Any) -> bool:
+    """Whether a module runs in two-stream form."""
+    return "_rewire" in module.__dict__
+
+
 class RewiredHome:
     """What a rewired home adds to its class: a forward, and pickling by plan."""
 
@@ -382,6 +387,14 @@ class RewiredHome:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward in two-stream form."""
+        if not is_home(self):  # made anew by this class, e.g. by its `from_pretrained`
+            return original_class(type(self)).forward(self, *args, **kwargs)
+        proxy = next(
+            (leaf for leaf in flatten((args, kwargs))[0] if isinstance(leaf, fx.Proxy)), None
+        )
+        if proxy is not None:  # somebody traces what is around: homes are leaves
+            tracer: Any = proxy.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         if torch.compiler.is_compiling():
             return torch.compiler.disable(run_home)(self, args, kwargs)  # type: ignore[no-untyped-call]
         return run_home(self, args, kwargs)  # type: ignore[arg-type]
@@ -411,7 +424,19 @@ def _subclass(original: type[nn.Module]) -> type[nn.Module]:
         "__doc__": original.__doc__,
         "_rewired_from": original,
     }
+    if issubclass(original, fx.GraphModule):
+        return _Recompiled(original.__name__, (RewiredHome, original), names)
     return type(original.__name__, (RewiredHome, original), names)
+
+
+class _Recompiled(type(fx.GraphModule)):  # type: ignore[misc]
+    """A graph module writes its code into its class: into the one it was made from."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name == "forward":
+            setattr(cls._rewired_from, name, value)
+        elif name not in ("__call__", "_wrapped_call"):
+            super().__setattr__(name, value)
 
 
 def original_class(cls: type) -> type[nn.Module]:

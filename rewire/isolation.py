@@ -7,18 +7,50 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy
 import torch
-from torch import nn
+import torch.utils.checkpoint
+from torch import Tensor, nn
 
 from rewire.replay import all_rng_states, set_rng_states
 
 Snapshot = dict[str, tuple[Any, Any]]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What `torch.utils.checkpoint.checkpoint` puts around a function, in one torch or another.
+_CHECKPOINTS = (
+    "_checkpoint_without_reentrant_generator",
+    "_checkpoint_without_reentrant_generator_impl",
+)
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
+
+
+@contextmanager
+def own_surroundings() -> Iterator[None]:
+    """What is traced in here meets no checkpoint and no saved-tensor hook, its own or around it.
+
+    What a trace saves is no business of an outer checkpoint or offloader, which counts it. A
+    checkpoint in the traced code would note its machinery, not the code: its function is run
+    as it is, and the chain drops what the checkpoint would have.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
+        for name in _CHECKPOINTS:
+            if hasattr(torch.utils.checkpoint, name):
+                replaced = mock.patch.object(torch.utils.checkpoint, name, _nothing_around)
+                stack.enter_context(replaced)
+        yield
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _nothing_around(*_: Any, **__: Any) -> Iterator[None]:
+    yield
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class _Run(threading.local):
     """In each thread, the site of a chain that ran last; -1 when the chain is complete.
 
     `tape` tells whether that run can still be going on. `visible` keeps the site's result alive
-    in inference mode, where a view does not keep the tensor it is a view of.
+    without gradients, where nothing else does: what comes next must be that tensor or a view of it.
     """
 
     site = -1
@@ -123,7 +123,7 @@ class Course:
 
         A run that stopped early and whose graph is gone has ended.
         """
-        left = self.run.visible is not None and not torch.is_inference_mode_enabled()
+        left = self.run.visible is not None and torch.is_grad_enabled()
         if left or (self.run.tape is not None and self.run.tape() is None):
             self.run.site = -1
         return self.run.site
@@ -147,6 +147,7 @@ class Link:
         position: Number of steps on the tape when the tensor was made.
         version: Version counter of the visible tensor.
         tail: The activation between `newest` and the visible tensor.
+        requires_grad: Whether the visible tensor does.
         grid: Where the streams stand; None for plain floats.
         first: x_0, where the coupling's merge reads it.
     """
@@ -161,6 +162,7 @@ class Link:
     tail: Tail | None = None
     grid: OnGrid | None = None
     first: Tensor | None = None
+    requires_grad: bool = False
 
     def streams(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Layout, Layout] | None]:
         """Both streams in the layout of `x`, the visible tensor or a view of all of it."""
@@ -196,7 +198,8 @@ _links: MutableMapping[Tensor, Link] = WeakTensorKeyDictionary()
 def attach(x: Tensor, link: Link) -> None:
     """Hang a link on a visible tensor."""
     _links[x] = link
-    link.course.run.visible = x if x.is_inference() else None
+    link.requires_grad = x.requires_grad
+    link.course.run.visible = None if torch.is_grad_enabled() else x
 
 
 def find(x: Tensor, course: Course) -> Link | None:
@@ -210,6 +213,12 @@ def find(x: Tensor, course: Course) -> Link | None:
         link = _links.get(x._base)
     if link is None or link.course is not course:
         link = _find_alias(x, course)
+    if link is not None and x.requires_grad != link.requires_grad:
+        raise StreamMismatch(
+            f"{course.sites[link.site]}: autograd has been told another past of its result than "
+            "the one it has, as a reentrant checkpoint does. Checkpoint with use_reentrant=False, "
+            "or the whole chain, or not at all: its activations are not stored anyway."
+        )
     if link is not None and version(x) != link.version:
         raise StreamMismatch(
             f"{course.sites[link.site]}: its result was changed in place before the next module "
@@ -271,6 +280,12 @@ def choose_site(course: Course, sites: Sequence[int], link: Link | None) -> tupl
         following = [site for site in sites if site > link.site]
         if following:
             return following[0], link
+    if link is None and sites[0] and torch._C._current_graph_task_id() != -1:
+        raise StreamMismatch(
+            f"{course.sites[sites[0]]}: it runs again in backward without the modules before it, "
+            "as in a reentrant checkpoint of a part of a chain. Checkpoint with "
+            "use_reentrant=False, or the whole chain, or not at all."
+        )
     last = course.last() if link is None else link.site
     again = link is None and 0 <= last < sites[-1] and len(sites) > 1
     if (sites[0] == 0 and not again) or last < 0 or (link is None and sites[-1] <= last):
@@ -278,6 +293,7 @@ def choose_site(course: Course, sites: Sequence[int], link: Link | None) -> tupl
     raise StreamMismatch(
         f"{course.sites[sites[0]]}: its input does not come next after {course.sites[last]}, which "
         f"ran before it in chain {course.name or '(model)'}. Between two modules of a "
-        "chain only views of the whole tensor are allowed (no copy, cast, scale, or change of "
-        "order); keep one of them out with `exclude=` to cut the chain there."
+        "chain only views of the whole tensor are allowed (no copy, cast, scale, change of order, "
+        "nor a checkpoint but with use_reentrant=False); keep one of them out with `exclude=` to "
+        "cut the chain there."
     )

@@ -18,7 +18,7 @@ from rewire.drafts import name_residuals
 from rewire.errors import CannotTrace, RewireError
 from rewire.extraction import Program, extract
 from rewire.inputs import as_example, example_for
-from rewire.isolation import training_mode
+from rewire.isolation import own_surroundings, training_mode
 from rewire.links import PRECISIONS
 from rewire.plans import Chain, Plan, Residual, Skipped
 from rewire.replay import uncached_autocast
@@ -276,6 +276,6 @@ def program_for(
                 f"{name} has a forward hook, which would not run: its code is inlined"
             )
     forward = type(home).forward if forward is None else forward
-    with uncached_autocast():  # else it would keep fake tensors for later runs
+    with uncached_autocast(), own_surroundings():  # else it would keep fake tensors for later runs
         trace = trace_home(home, forward, arguments, residuals[0].inlined, mode, answers)
     return extract(trace, residuals, inner, trunk)

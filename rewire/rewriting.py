@@ -6,18 +6,19 @@ import functools
 import types
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from rewire.coupling import Coupling, coupling_from
 from rewire.errors import NothingToRewire, RewireError
-from rewire.homes import HomeChain, HomeState, original_class, rewired_class
+from rewire.homes import HomeChain, HomeState, is_home, original_class, rewired_class
 from rewire.links import Course
 from rewire.planning import coupled, inner_homes, modules_by_home, trunk_of
 from rewire.planning import plan as make_plan
-from rewire.plans import Chain, Plan
+from rewire.plans import Chain, Plan, Residual
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -109,22 +110,56 @@ def _refuse_unfit(model: nn.Module) -> None:
 
 
 def is_rewired(model: nn.Module) -> bool:
-    """Whether a module came from `make_reversible`."""
-    return "_rewire_plan" in model.__dict__
+    """Whether a module came from `make_reversible`, or is a part or a wrapper of one that did."""
+    return "_rewire_plan" in model.__dict__ or any(map(is_home, model.modules()))
 
 
 def plan_of(rev: nn.Module) -> Plan:
     """The plan that a rewired module was made by.
+
+    Of a part of such a module (what `merge_and_unload` takes out of its wrapper) and of a wrapper
+    around it: what of the plan is in it, by the names that it has there.
 
     Raises:
         RewireError: The module was not rewired.
     """
     if not is_rewired(rev):
         raise RewireError(
-            f"{type(rev).__qualname__} is not rewired. Pass what `rewire.make_reversible` gave "
-            "(before wrapping it)."
+            f"{type(rev).__qualname__} is not rewired. Pass what `rewire.make_reversible` gave."
         )
-    return rev.__dict__["_rewire_plan"]  # type: ignore[no-any-return]
+    plan: Plan | None = rev.__dict__.get("_rewire_plan")
+    return _plan_inside(rev) if plan is None else plan
+
+
+def _plan_inside(rev: nn.Module) -> Plan:
+    """The plan that the homes in a module tell together."""
+    modules: dict[Course, dict[int, Residual]] = {}
+    trunks: dict[Course, str] = {}
+    for name, home in rev.named_modules():
+        if not is_home(home):
+            continue
+        state: HomeState = home.__dict__["_rewire"]
+        for residual, (number, place) in zip(state.residuals, state.places, strict=True):
+            held = state.chains[number]
+            trunks[held.course] = state.trunk
+            moved = replace(residual, home=name, name=_moved(residual.name, residual.home, name))
+            places = modules.setdefault(held.course, {})
+            places.update(dict.fromkeys(held.sites[place], moved))
+    chains = []
+    for course, places in modules.items():
+        members = tuple(places[site] for site in sorted(places))
+        first = next(iter(members))
+        chain = Chain(first.home, members, trunk=trunks[course], precision=course.precision)
+        coupling = course.coupling
+        chains.append(replace(chain, coupling=str(coupling), bits=coupling.bits))
+    parameters = sum(parameter.numel() for parameter in rev.parameters())
+    return Plan(type(rev).__qualname__, chains, [], "", parameters)
+
+
+def _moved(name: str, home: str, now: str) -> str:
+    """A residual module's name where its home has another one."""
+    inner = name[len(home) :] if name.startswith(home) else f".{name}"
+    return f"{now}{inner}".lstrip(".")
 
 
 def restored(rev: nn.Module) -> nn.Module:
@@ -143,9 +178,9 @@ def restored(rev: nn.Module) -> nn.Module:
             if isinstance(child, HomeChain):
                 del copy._modules[name]
         copy.__class__ = original_class(type(copy))
-    root = copies[id(rev)]
-    del root.__dict__["_rewire_plan"]
-    return root
+    for copy in copies.values():
+        copy.__dict__.pop("_rewire_plan", None)
+    return copies[id(rev)]
 
 
 # ---- installing --------------------------------------------------------------------------
@@ -252,12 +287,15 @@ def _copied(model: nn.Module) -> dict[int, nn.Module]:
         if isinstance(module, torch.jit.ScriptModule):
             shells[id(module)] = module
             continue
-        shells[id(module)] = object.__new__(type(module))
+        compiled = isinstance(module, fx.GraphModule) and not is_home(module)
+        shells[id(module)] = (type(module) if compiled else object).__new__(type(module))
         originals.append(module)
     for module in originals:
         shell = shells[id(module)]
         for name, value in module.__dict__.items():
             shell.__dict__[name] = _redirected(name, value, shells)
+        if isinstance(shell, fx.GraphModule) and not is_home(shell):
+            shell.recompile()  # its code is in its class, which is its own
     return shells
 
 

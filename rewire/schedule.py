@@ -11,7 +11,7 @@ from rewire.coupling import Dr2
 from rewire.errors import RewireError
 from rewire.planning import coupled
 from rewire.reversible import courses
-from rewire.rewriting import is_rewired, plan_of
+from rewire.rewriting import plan_of
 
 _SHAPES = ("cosine", "linear")
 
@@ -82,7 +82,7 @@ class Dr2Schedule:
         coupling = self.coupling
         for course in courses(self._rev):
             course.coupling = coupling
-        for module in filter(is_rewired, self._rev.modules()):  # it may be wrapped
-            plan = coupled(plan_of(module), coupling, None)
-            module.__dict__["_rewire_plan"] = plan  # what is saved now has the coupling of now
+        for module in self._rev.modules():  # what is saved now has the coupling of now
+            if "_rewire_plan" in module.__dict__:
+                module.__dict__["_rewire_plan"] = coupled(plan_of(module), coupling, None)
         return coupling

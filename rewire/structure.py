@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -76,8 +77,8 @@ def _flatten(value: Any, leaves: list[Any], seen: dict[int, Leaf]) -> Spec:
     kind = type(value)
     if kind in (tuple, list, torch.Size) or (isinstance(value, tuple) and hasattr(kind, "_fields")):
         return Container(kind, (), tuple(_flatten(item, leaves, seen) for item in value))
-    if kind is dict or _is_record(value):
-        fields = value if kind is dict else _fields(value)
+    if kind in (dict, OrderedDict) or _is_record(value):
+        fields = value if kind in (dict, OrderedDict) else _fields(value)
         items = tuple(_flatten(item, leaves, seen) for item in fields.values())
         return Container(kind, tuple(fields), items)
     if isinstance(value, (int, float)):
@@ -108,8 +109,8 @@ def _rebuild(spec: Container, items: list[Any]) -> Any:
         return items
     if spec.type in (tuple, torch.Size):
         return spec.type(items)
-    if spec.type is dict:
-        return dict(zip(spec.names, items, strict=True))
+    if spec.type in (dict, OrderedDict):
+        return spec.type(zip(spec.names, items, strict=True))
     if spec.names:
         return spec.type(**dict(zip(map(str, spec.names), items, strict=True)))
     return spec.type(*items)

@@ -156,4 +156,4 @@ def _is_norm(watched: Watched, stop: int) -> bool:
     """A normalisation spelled out in Python: a scaled value times its inverse deviation."""
     module = watched.ops[stop].scope
     names = {op.name for op in watched.ops[max(0, stop - 12) : stop + 1] if op.scope == module}
-    return "rsqrt" in names and bool({"mean", "var"} & names)
+    return bool({"rsqrt", "sqrt"} & names) and bool({"mean", "var"} & names)

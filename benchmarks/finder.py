@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _ADDS = frozenset(("add", "add_"))
-_COPIES = frozenset(("clone", "_to_copy", "contiguous", "copy_", "alias", "detach", "lift_fresh"))
+_COPIES = frozenset(("clone", "_to_copy", "contiguous", "copy_", "alias", "lift_fresh"))
 _ACTIVATIONS = frozenset(
     """relu gelu silu sigmoid tanh elu celu selu mish softplus hardtanh hardswish hardsigmoid
     leaky_relu prelu _prelu_kernel threshold clamp clamp_min clamp_max log_sigmoid

@@ -50,8 +50,19 @@ FIELDS = [
     "torch",
     "rewire",
 ]
-_MEMORY = 10 * 2**30  # of one process; two of them, and their files in memory, fit into 24 GB
-_LARGE = ("vit_h_14", "regnet_y_128gf", "vgg", "convnext_large", "VNet", "vit_l_", "regnet_x_32gf")
+_MEMORY = 9 * 2**30  # of one process; two of them, and their files in memory, fit into 24 GB
+_LARGE = (
+    "vit_h_14",
+    "vit_l_",
+    "regnet_y_128gf",
+    "regnet_y_32gf",
+    "regnet_x_32gf",
+    "vgg",
+    "convnext_large",
+    "aimv2_large",
+    "deepseek_vit",
+    "mobilenetv5",
+)
 
 app = typer.Typer(add_completion=False, help=__doc__)
 

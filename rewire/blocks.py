@@ -67,6 +67,7 @@ def as_one(watched: Watched, drafts: list[Draft]) -> Residual:
         trunk=first.residual.trunk,
         entry="fork" if first.residual.entry == "fork" else "outside",
         head=False,
+        head_norm=False,
         block=True,
         branch=tuple(dict.fromkeys(branch)),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from rewire.plans import Residual, Skipped
-from rewire.residuals import Found, is_addition
+from rewire.residuals import Found, is_addition, trunk_kind
 from rewire.watching import Watched
 
 
@@ -50,13 +50,19 @@ def name_residuals(watched: Watched, found: Sequence[Found]) -> list[Draft]:
 
 
 def _inlined(watched: Watched, home: int, residuals: Sequence[Found]) -> tuple[int, ...]:
-    """Calls between a home and the code that runs its adds."""
+    """Calls between a home and the code that runs its adds, or both norm and activation of one."""
     depth = len(watched.calls[home].path)
-    return tuple(
-        sorted(
-            {call for one in residuals for add in one.adds for call in watched.path(add)[depth:]}
-        )
-    )
+    nodes = [node for one in residuals for node in (*one.adds, *_fused(watched, one))]
+    return tuple(sorted({call for node in nodes for call in watched.path(node)[depth:]}))
+
+
+def _fused(watched: Watched, found: Found) -> list[int]:
+    """Operations on the trunk in calls, inside the home, that normalise and activate."""
+    kinds: dict[int, set[str]] = {}
+    own = [node for node in found.trunk if found.home in watched.path(node)]
+    for node in own:
+        kinds.setdefault(watched.ops[node].scope, set()).add(trunk_kind(watched, node))
+    return [node for node in own if {"norm", "elementwise"} <= kinds[watched.ops[node].scope]]
 
 
 def ranks_of(watched: Watched, home: int, inlined: tuple[int, ...]) -> dict[int, int]:

@@ -51,9 +51,11 @@ class Program:
     """A home's forward in two-stream form, for inputs that decide alike.
 
     Attributes:
-        outer: The code around the branches; calls `run.step`, `run.normalise`, `run.follow`.
+        outer: The code around the branches; calls `run.step`, `run.normalise`, `run.enter`,
+            `run.follow`.
         branches: By number of the residual module in the home.
         norms: By number: the normalisation of the sum, or None.
+        head_norms: By number: that of the sum before, where this home's code runs it, or None.
         tails: By number: the activation behind the sum, (home, x) -> T(x), or None.
         result: Structure of the result.
         constants: Objects the code reads.
@@ -66,6 +68,7 @@ class Program:
     outer: tuple[Stretch, ...]
     branches: tuple[BranchCode, ...]
     norms: tuple[BranchCode | None, ...]
+    head_norms: tuple[BranchCode | None, ...]
     tails: tuple[Callable[..., Any] | None, ...]
     result: Spec
     constants: tuple[Any, ...]
@@ -136,12 +139,14 @@ def extract(
     _check_exits(trace, pieces, homes)
     _check_questions(trace, pieces)
     branches = tuple(piece.branch_code() for piece in pieces)
-    norms = tuple(piece.norm_code() for piece in pieces)
+    norms = tuple(piece.norm_code(piece.norm) for piece in pieces)
+    heads = tuple(piece.norm_code(piece.head_norm) for piece in pieces)
     tails = tuple(piece.tail_code() for piece in pieces)
     outer = _Outer(trace, pieces).stretches()
     decide, decided, shapes = _decisions(trace)
     constants = tuple(trace.constants.values())
-    return Program(outer, branches, norms, tails, trace.result, constants, decide, decided, shapes)
+    code = branches, norms, heads, tails
+    return Program(outer, *code, trace.result, constants, decide, decided, shapes)
 
 
 class _Outer:
@@ -156,6 +161,7 @@ class _Outer:
         self.pieces = pieces
         self.emitted: set[int] = set()
         self.norms = {piece.norm: n for n, piece in enumerate(pieces) if piece.norm is not None}
+        self.heads = {p.head_norm: n for n, p in enumerate(pieces) if p.head_norm is not None}
         for number, piece in enumerate(pieces):
             self.tails |= dict.fromkeys(piece.tail, number)
             self.hidden |= dict.fromkeys(piece.hidden.difference(piece.tail), number)
@@ -217,6 +223,9 @@ class _Outer:
             return self.copies[node]
         if node in self.norms:
             self._emit_norm(node)
+        elif node in self.heads:
+            x = self._emit(only_operand(self.trace, node))
+            self.copies[node] = self.graph.call_method("enter", (self.run, self.heads[node], x))
         elif node in self.tails:
             self._emit_tail(self.tails[node])
         elif node in self.hidden:

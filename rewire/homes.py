@@ -134,6 +134,7 @@ class Bound(NamedTuple):
 
     branches: tuple[HomeBranch, ...]
     norms: tuple[NormBranch | None, ...]
+    head_norms: tuple[NormBranch | None, ...]
 
 
 @dataclass(eq=False)
@@ -229,10 +230,11 @@ class HomeState:
         bound = self.bound.get(program)
         if bound is None or bound.branches[0].home is not home:
             branches = tuple(HomeBranch(home, code) for code in program.branches)
-            norms = (HomeBranch(home, code) if code else None for code in program.norms)
-            bound = Bound(
-                branches, tuple(None if norm is None else NormBranch(norm) for norm in norms)
+            norms, heads = (
+                tuple(NormBranch(HomeBranch(home, code)) if code else None for code in codes)
+                for codes in (program.norms, program.head_norms)
             )
+            bound = Bound(branches, norms, heads)
             self.bound[program] = bound
             for number, chain in enumerate(self.chains):
                 places = zip(self.places, branches, strict=True)
@@ -270,7 +272,7 @@ class HomeRun:
 
     def __init__(self, home: nn.Module, state: HomeState, program: Program) -> None:
         self._home, self._state, self._program = home, state, program
-        self._branches, self._norms = state.branches(home, program)
+        self._branches, self._norms, self._head_norms = state.branches(home, program)
 
     def _place(self, number: int) -> tuple[Course, tuple[int, ...]]:
         chain, place = self._state.places[number]
@@ -303,6 +305,18 @@ class HomeRun:
         visible, link = normalise(link, x, norm)
         if link.site < len(course.sites) - 1:
             attach(visible, link)
+        return visible
+
+    def enter(self, number: int, x: Tensor) -> Tensor:
+        """Run the normalisation that leads to residual module `number` on the sum before it."""
+        norm, course = self._head_norms[number], self._place(number)[0]
+        assert norm is not None, "a program enters only modules that begin with a norm"
+        link = find(x, course)
+        if link is None:  # no sum of this chain: the module itself says whether that may be
+            result: Tensor = norm(x, ()).branch
+            return result
+        visible, link = normalise(link, x, norm)
+        attach(visible, link)
         return visible
 
     def follow(self, number: int, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ _IMAGE_SIZES = (224, 256, 384, 240, 299, 192, 64, 32, 28, 128, 512, 16, 8)
 _CLIPS = ((16, 224), (16, 112), (8, 224), (32, 224), (32, 112), (8, 64), (4, 32))
 _LENGTHS = (16, 64, 77, 128, 8, 512)
 _WIDTHS = ("in_features", "in_channels", "num_features", "num_channels", "embed_dim", "input_size")
+_INPUTS = ("decoder_input_ids", "input_ids", "pixel_values", "input_features", "input_values")
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs shapes that do not fit
 # What a fake tensor cannot answer (a value, a data-dependent size) is no fault of the input.
 _NEEDS_VALUES = (fakes.DataDependentOutputException, fakes.DynamicOutputShapeException)
@@ -61,6 +63,9 @@ class _Candidate:
     source: str
     args: tuple[_Spec, ...] = ()
     kwargs: Mapping[str, _Spec] = field(default_factory=dict)
+
+
+_Failure = tuple[_Candidate, Exception]
 
 
 def as_example(example_inputs: Any) -> Example:
@@ -101,21 +106,60 @@ def example_for(model: nn.Module, shape: Sequence[int] | None = None) -> Example
     """
     candidates = list(_of_shape(model, shape) if shape else _candidates(model))
     batches = [shape[0]] if shape else [2, 1]
-    errors: list[Exception] = []
+    failures: list[_Failure] = []
     for batch, candidate in product(batches, candidates):
-        error = _run(model, candidate, batch, fake=True)
-        if isinstance(error, _NEEDS_VALUES):
-            error = _run(model, candidate, batch, fake=False)
-        if error is None:
-            return _example(model, candidate, batch)
-        errors.append(error)
+        found = _search(model, candidate, batch, failures)
+        if found is not None:
+            return _example(model, found, batch)
     # The first candidate has the best evidence, so its error tells the most.
-    lines = str(errors[0]).strip().splitlines() or [""]
+    first, error = failures[0]
+    lines = str(error).strip().splitlines() or [""]
     raise CannotTrace(
-        f"{type(model).__name__}: its forward ran with none of {len(errors)} inputs that were "
-        f"tried; with {_describe(candidates[0], batches[0])}: {type(errors[0]).__name__}: "
-        f"{lines[0][:200].rstrip('.')}. Pass example_inputs= (on the command line --input-shape)."
+        f"{type(model).__name__}: its forward ran with none of {len(failures)} inputs that were "
+        f"tried; with {_describe(first, batches[0])}: {type(error).__name__}: "
+        f"{lines[0][:200].rstrip('.')}. Pass example_inputs= (on the command line --input-shape), "
+        f"such as {_request(model, failures)}."
     )
+
+
+def _search(
+    model: nn.Module, candidate: _Candidate, batch: int, failures: list[_Failure]
+) -> _Candidate | None:
+    """A candidate that runs, or that does with what its errors ask for."""
+    asking: _Candidate | None = candidate
+    while asking is not None:
+        error = _run(model, asking, batch, fake=True)
+        if isinstance(error, _NEEDS_VALUES):
+            error = _run(model, asking, batch, fake=False)
+        if error is None:
+            return asking
+        failures.append((asking, error))
+        asking = _with_asked(model, asking, error)
+    return None
+
+
+def _with_asked(model: nn.Module, candidate: _Candidate, error: Exception) -> _Candidate | None:
+    """The candidate with those arguments too that the model's complaint names."""
+    given = {*candidate.kwargs, *list(_parameters(model))[: len(candidate.args)]}
+    specs = {name: next(_told(model, name), None) for name in _asked(model, error) - given}
+    more = {name: spec for name, spec in sorted(specs.items()) if spec is not None}
+    return replace(candidate, kwargs={**candidate.kwargs, **more}) if more else None
+
+
+def _asked(model: nn.Module, error: Exception) -> set[str]:
+    """Arguments of the forward that an error names. PyTorch's own name sizes and operands."""
+    if not isinstance(error, (TypeError, ValueError, AssertionError, KeyError)):
+        return set()
+    return set(re.findall(r"\w{3,}", str(error))) & set(_parameters(model))
+
+
+def _request(model: nn.Module, failures: Sequence[_Failure]) -> str:
+    """A line to paste that names what the forward wants, its values left open."""
+    candidate, error = failures[0]
+    names = [*_required(model), *candidate.kwargs, *sorted(_asked(model, error))]
+    names = names or list(_parameters(model))[:1]
+    named = ", ".join(f'"{name}": ...' for name in dict.fromkeys(names))
+    return f"rewire.plan(model, {{{named}}})" if named else "rewire.plan(model, (...,))"
 
 
 def _candidates(model: nn.Module) -> Iterator[_Candidate]:
@@ -125,11 +169,34 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
     guesses = (_Candidate("a guess", (_Spec("image", (c, s, s)),)) for c, s in sizes)
     sources = (_from_config(model), _from_pretrained_cfg(model), _from_layers(model), guesses)
     for found in chain(*sources):
-        candidate = found if found.kwargs else replace(found, args=found.args * _arity(model))
-        key = (candidate.args, tuple(candidate.kwargs.items()))
-        if key not in seen:
-            seen.add(key)
-            yield candidate
+        for candidate in _filled(model, found):
+            key = (candidate.args, tuple(candidate.kwargs.items()))
+            if key not in seen:
+                seen.add(key)
+                yield candidate
+
+
+def _filled(model: nn.Module, found: _Candidate) -> Iterator[_Candidate]:
+    """A candidate with all arguments that `forward` cannot do without.
+
+    Their names tell what they are; those whose names tell nothing are like the one found.
+    """
+    required = _required(model)
+    if found.kwargs:
+        others = {name: next(_named(model, name), None) for name in required}
+        more = {name: spec for name, spec in others.items() if spec is not None}
+        yield replace(found, kwargs={**more, **found.kwargs})
+        return
+    (spec,) = found.args
+    if len(required) > 1:
+        yield replace(found, args=tuple(_like(model, name, spec) for name in required))
+    yield replace(found, args=found.args * max(1, len(required)))
+
+
+def _like(model: nn.Module, name: str, spec: _Spec) -> _Spec:
+    """What an argument called `name` is, beside another."""
+    told = list(_told(model, name))
+    return spec if not told or spec.kind in {one.kind for one in told} else told[0]
 
 
 def _of_shape(model: nn.Module, shape: Sequence[int]) -> Iterator[_Candidate]:
@@ -138,7 +205,9 @@ def _of_shape(model: nn.Module, shape: Sequence[int]) -> Iterator[_Candidate]:
     specs = [replace(next(_tokens(model)), shape=rest), _Spec("tensor", rest)]
     if not isinstance(next(_layers(model), None), nn.Embedding):
         specs.reverse()
-    yield from (_Candidate("the given shape", (spec,) * _arity(model)) for spec in specs)
+    yield from (
+        _Candidate("the given shape", (spec,) * max(1, len(_required(model)))) for spec in specs
+    )
 
 
 def _from_pretrained_cfg(model: nn.Module) -> Iterator[_Candidate]:
@@ -156,9 +225,9 @@ def _from_config(model: nn.Module) -> Iterator[_Candidate]:
     main = getattr(model, "main_input_name", None)
     if not isinstance(main, str) or getattr(model, "config", None) is None:
         return
-    names = inspect.signature(model.forward).parameters
-    extras = [n for n in ("decoder_input_ids", "input_ids", "pixel_values") if n in names]
-    others = {name: next(_named(model, name)) for name in extras if name != main}
+    names = _parameters(model)
+    extras = [name for name in _INPUTS if name in names and name != main]
+    others = {name: spec for name in extras if (spec := next(_named(model, name), None))}
     decoder = {name: spec for name, spec in others.items() if name == "decoder_input_ids"}
     # Most want the main input, encoder-decoders the decoder's ids too, dual encoders all.
     for spec, extra in product(_named(model, main), (decoder, others, {})):
@@ -167,10 +236,21 @@ def _from_config(model: nn.Module) -> Iterator[_Candidate]:
 
 def _named(model: nn.Module, name: str) -> Iterator[_Spec]:
     """Tensors that an input called `name` may want."""
-    words = {"ids": _tokens, "pixel": _pixels, "values": _sounds, "features": _sounds}
-    found = (maker(model) for word, maker in words.items() if word in name)
     layers = (spec for candidate in _from_layers(model) for spec in candidate.args)
-    return chain(*found, layers)
+    return chain(_told(model, name), layers)
+
+
+def _told(model: nn.Module, name: str) -> Iterator[_Spec]:
+    """Tensors that an input called `name` is by its name; none where that tells nothing."""
+    words = {
+        "ids": _tokens,
+        "pixel": _pixels,
+        "image": _pixels,
+        "values": _sounds,
+        "features": _sounds,
+        "timestep": _steps,
+    }
+    return chain(*(maker(model) for word, maker in words.items() if word in name))
 
 
 def _from_layers(model: nn.Module) -> Iterator[_Candidate]:
@@ -243,10 +323,19 @@ def _sounds(model: nn.Module) -> Iterator[_Spec]:
     mels = _int(_setting(config, "num_mel_bins", "feature_size", "input_feat_per_channel"))
     frames = 2 * _int(_setting(config, "max_source_positions"))
     longest = _int(_setting(config, "max_length")) or 128
+    series = _int(_setting(config, "context_length"))
+    columns = _int(_setting(config, "num_input_channels", "input_size"))
+    if series and columns:
+        yield _Spec("series", (series, columns))
     for shape in ((mels, frames), (longest, mels)):
         if all(shape):
             yield _Spec("spectrogram", shape)
     yield from (_Spec("waveform", shape) for shape in ((16000,), (1, 16000)))
+
+
+def _steps(model: nn.Module) -> Iterator[_Spec]:
+    """One time of a diffusion for each sample."""
+    yield _Spec("times", (), 1000)
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -285,10 +374,16 @@ def _setting(config: Any, *names: str) -> Any:
     return next((value for value in found if value is not None), None)
 
 
-def _arity(model: nn.Module) -> int:
-    """How many positional arguments `forward` cannot do without, at least 1."""
-    given = inspect.signature(model.forward).parameters.values()
-    return max(1, sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in given))
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What `forward` takes, by name; what it collects into `*args` or `**kwargs` has none."""
+    given = inspect.signature(model.forward).parameters
+    return {n: p for n, p in given.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def _required(model: nn.Module) -> list[str]:
+    """Positional arguments that `forward` cannot do without."""
+    given = _parameters(model).items()
+    return [n for n, p in given if p.default is p.empty and p.kind is not p.KEYWORD_ONLY]
 
 
 def _int(value: Any) -> int:

@@ -55,6 +55,7 @@ class Piece:
         skip: The skip operand; `head` where activations stand between `entry` and it.
         region: Nodes of the branch.
         norm: The node of the normalisation of the sum.
+        head_norm: The node of that of the previous sum, where it is this home that normalises it.
         tail: Nodes of the activation behind the sum.
     """
 
@@ -69,6 +70,7 @@ class Piece:
     ) -> None:
         self.trace = trace
         self.residual = residual
+        self.head_norm: fx.Node | None = None
         self.sum = trace.adds[residual.add]
         if residual.block:
             self.entry, self.sum = self._find_block()
@@ -77,6 +79,8 @@ class Piece:
         else:
             self.skip, self.adds, self.terms = self._take_sum()
             self.entry = self._find_entry({piece.sum for piece in before})
+            if residual.head_norm:
+                self.entry = self.head_norm = self._find_head_norm()
         self.region = self._find_region()
         self._check(before, homes)
         self._check_entry(before, homes)
@@ -112,6 +116,17 @@ class Piece:
                 break
             node = same_value(self.trace, only_operand(self.trace, node))
         return node
+
+    def _find_head_norm(self) -> fx.Node:
+        """The first operation on the way from the home's argument to the skip."""
+        norm, node = None, same_value(self.trace, self.skip)
+        while node.op != "placeholder":
+            if is_activation(self.trace, node):
+                norm = node
+            node = same_value(self.trace, only_operand(self.trace, node))
+        if norm is None:
+            raise CannotTrace(f"no normalisation stands before {self.residual.name}")
+        return norm
 
     def _find_block(self) -> tuple[fx.Node, fx.Node]:
         """The argument that a block takes the newest stream from, and its sum in that shape."""
@@ -163,6 +178,8 @@ class Piece:
         if self.residual.entry == "fork":
             return
         node = self.entry
+        if self.head_norm is not None:
+            node = only_operand(self.trace, self.head_norm)
         while is_whole_view(self.trace, node):
             node = only_operand(self.trace, node)
         sums = {piece.result for piece in before} | {piece.sum for piece in before}
@@ -284,14 +301,15 @@ class Piece:
         graph.output(_copy_tail(self.trace, graph, self.tail, x, fresh=self._tail_changes_sum()))
         return compiled(graph)[0]
 
-    def norm_code(self) -> BranchCode | None:
-        """The normalisation of the sum as a function (home, x) -> (T(x), None, ())."""
-        if self.norm is None:
+    def norm_code(self, norm: fx.Node | None) -> BranchCode | None:
+        """The normalisation of a sum as a function (home, x) -> (T(x), None, ())."""
+        if norm is None:
             return None
         graph = fx.Graph()
         x = graph.placeholder("x")
-        fresh = bool(self.trace.mutations.get(self.norm))
-        graph.output((_copy_tail(self.trace, graph, [self.norm], x, fresh=fresh), None, ()))
+        given = storage_of(self.trace.hints[only_operand(self.trace, norm)])
+        fresh = given in self.trace.mutations.get(norm, ())
+        graph.output((_copy_tail(self.trace, graph, [norm], x, fresh=fresh), None, ()))
         return _as_code(self.residual.name, graph)
 
     def _tail_changes_sum(self) -> bool:

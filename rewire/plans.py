@@ -32,6 +32,7 @@ class Residual:
         tail: An activation follows the sum before its home returns.
         leads: The sum is the skip of a module outside the home.
         norm: A normalisation stands on the sum (post-norm): x_{i+1} = T(sum).
+        head_norm: The same of the previous sum, but it is this home's code that normalises it.
         block: A whole block as one residual module, F(x) = sum - x; `add` is its last add.
         branch: Names, relative to the home, of the modules the branch calls.
     """
@@ -49,6 +50,7 @@ class Residual:
     tail: bool = False
     leads: bool = False
     norm: bool = False
+    head_norm: bool = False
     block: bool = False
     branch: tuple[str, ...] = ()
 
@@ -89,7 +91,7 @@ class Chain:
     @property
     def norms(self) -> int:
         """Number of modules with a normalisation on the trunk."""
-        return sum(module.norm for module in self.modules)
+        return sum(module.norm + module.head_norm for module in self.modules)
 
     @property
     def homes(self) -> tuple[str, ...]:

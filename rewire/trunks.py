@@ -20,6 +20,8 @@ def link(watched: Watched, draft: Draft, drafts: dict[int, Draft], trunk: str) -
         _start(watched, draft)
         return
     norm = _norm_on(watched, previous.found, found.trunk)
+    head_norm = [] if norm else _norm_at_head(watched, found, previous.found)
+    norm = norm or head_norm
     zones = _zones(watched, found, previous.found, norm)
     obstacle = _obstacle(watched, found, zones)
     if obstacle:
@@ -35,11 +37,12 @@ def link(watched: Watched, draft: Draft, drafts: dict[int, Draft], trunk: str) -
         entry="home" if same_home else "outside",
         trunk="activation" if "elementwise" in kinds else "view" if "view" in kinds else "identity",
         head=head,
+        head_norm=bool(head_norm),
     )
     previous.residual = replace(
         previous.residual,
         tail=previous.residual.tail or tail,
-        norm=previous.residual.norm or bool(norm),
+        norm=previous.residual.norm or (bool(norm) and not head_norm),
         leads=previous.residual.leads or not same_home,
     )
     draft.previous = previous
@@ -112,6 +115,22 @@ def _norm_on(watched: Watched, found: Found, following: Sequence[int]) -> list[i
         for a, b in itertools.pairwise([found.add, *way[: start + 1]])
     )
     return way if way[start:] == group and own and read else []
+
+
+def _norm_at_head(watched: Watched, found: Found, previous: Found) -> list[int]:
+    """The operations from the sum before to the normalisation with which a home's code begins.
+
+    Nothing but views of the sum stands before it, and nothing else reads the sum.
+    """
+    kinds = [trunk_kind(watched, node) for node in found.trunk]
+    if kinds.count("norm") != 1:
+        return []
+    way = list(found.trunk[: kinds.index("norm") + 1])
+    inside = found.home in watched.path(way[-1]) and previous.home not in watched.path(way[-1])
+    views = all(kind == "view" for kind in kinds[: len(way) - 1])
+    pairs = itertools.pairwise([previous.add, *way])
+    read = all(set(watched.graph.successors(a)) == {b} for a, b in pairs)
+    return way if inside and views and read else []
 
 
 def _caller(watched: Watched, found: Found, node: int) -> tuple[str, int]:

@@ -67,10 +67,9 @@ def _fused(watched: Watched, found: Found) -> list[int]:
 
 def ranks_of(watched: Watched, home: int, inlined: tuple[int, ...]) -> dict[int, int]:
     """The number of each tensor add in the code of a home and its inlined children."""
-    scopes = {home, *inlined}
     ops = watched.ops
-    adds = [n for n, op in enumerate(ops) if op.scope in scopes and is_addition(op, ops)]
-    return {node: rank for rank, node in enumerate(adds)}
+    nodes = sorted(node for call in {home, *inlined} for node in watched.adds.get(call, ()))
+    return {node: rank for rank, node in enumerate(n for n in nodes if is_addition(ops[n], ops))}
 
 
 def _residual(

@@ -223,6 +223,7 @@ def _from_pretrained_cfg(model: nn.Module) -> Iterator[_Candidate]:
 def _from_config(model: nn.Module) -> Iterator[_Candidate]:
     """Keyword inputs of a model that names its main input and describes itself in `config`."""
     main = getattr(model, "main_input_name", None)
+    main = main[0] if isinstance(main, (list, tuple)) and main else main
     if not isinstance(main, str) or getattr(model, "config", None) is None:
         return
     names = _parameters(model)

@@ -143,17 +143,19 @@ def same_content(value: Any, content: Any) -> bool:
     return all(a is b for a, b in zip(value, content, strict=True))
 
 
+@functools.lru_cache(maxsize=64)
+def _caches_of(package: str, loaded: int) -> tuple[functools._lru_cache_wrapper[Any], ...]:
+    """The caches that the modules of a package have at their top, with so many modules loaded."""
+    sources = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == package]
+    values = [value for source in sources for value in list(vars(source).values())]
+    return tuple(value for value in values if type(value) is _LRU_CACHE)
+
+
 def _lru_caches(model: nn.Module) -> list[functools._lru_cache_wrapper[Any]]:
     """The `functools.lru_cache`s in modules of the packages that define the model's classes."""
     packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
     packages -= {"torch", "builtins"}
-    found: dict[int, functools._lru_cache_wrapper[Any]] = {}
-    for name, source in list(sys.modules.items()):
-        if name.partition(".")[0] not in packages:
-            continue
-        for value in list(vars(source).values()):
-            if type(value) is _LRU_CACHE:
-                found[id(value)] = value
+    found = {id(c): c for package in packages for c in _caches_of(package, len(sys.modules))}
     for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
         for value in vars(cls).values():
             if type(value) is _LRU_CACHE:

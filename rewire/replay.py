@@ -360,22 +360,22 @@ def detached(value: Tensor) -> Tensor:
     return value.detach().requires_grad_(value.requires_grad)
 
 
-def structural_copy(value: Any) -> Any:
+def structural_copy(value: Any, *, attached: bool = False) -> Any:
     """A copy of a mutable object that shares its tensors, modules, functions and classes.
 
     A decoder's cache is written by the branch; a rerun must find it as it was before,
     and must not write the user's. Pickle's protocol says what an object consists of; its
-    persistent ids say what is shared.
+    persistent ids say what is shared. Tensors are shared without their graph, unless `attached`.
 
     Raises:
         NotRepeatable: The object cannot be copied.
     """
     if isinstance(value, Tensor):
-        return detached(value)
+        return value if attached else detached(value)
     if isinstance(value, _NUMBERS + _SHARED):
         return value
     try:
-        return _copied(value)
+        return _copied(value, attached)
     except Exception as error:
         raise NotRepeatable(
             f"an object of class {type(value).__qualname__} is handed to a reversible branch and "
@@ -385,16 +385,20 @@ def structural_copy(value: Any) -> Any:
 
 
 class _Writer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, shared: dict[int, Any]) -> None:
+    def __init__(self, file: io.BytesIO, shared: dict[int, Any], attached: bool) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self._shared = shared
+        self._attached = attached
 
     def persistent_id(self, item: Any) -> int | None:
-        """What is shared: tensors without their graph, modules, functions, classes."""
+        """What is shared: tensors, modules, functions, classes."""
         if not isinstance(item, _SHARED):
             return None
         if id(item) not in self._shared:
-            self._shared[id(item)] = detached(item) if isinstance(item, Tensor) else item
+            if isinstance(item, Tensor) and not self._attached:
+                self._shared[id(item)] = detached(item)
+            else:
+                self._shared[id(item)] = item
         return id(item)
 
 
@@ -407,8 +411,8 @@ class _Reader(pickle.Unpickler):
         return self._shared[key]
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, attached: bool) -> Any:
     file, shared = io.BytesIO(), dict[int, Any]()
-    _Writer(file, shared).dump(value)
+    _Writer(file, shared, attached).dump(value)
     file.seek(0)
     return _Reader(file, shared).load()

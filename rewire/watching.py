@@ -95,6 +95,7 @@ class Watched:
         calls: Module calls, the model's own first.
         graph: Edges lead from operand to result.
         results: Nodes of the tensors that the model returned.
+        adds: The additions in the code of each call.
         fake_mode: The mode of the fake tensors, None where the run was real.
     """
 
@@ -102,6 +103,7 @@ class Watched:
     calls: list[Call] = field(default_factory=list)
     graph: nx.DiGraph = field(default_factory=nx.DiGraph)
     results: set[int] = field(default_factory=set)
+    adds: dict[int, list[int]] = field(default_factory=dict)
     fake_mode: FakeTensorMode | None = None
 
     def module(self, op: int) -> str:
@@ -148,7 +150,7 @@ def as_fake(mode: FakeTensorMode, leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         fake = mode.from_tensor(leaf.detach(), static_shapes=True)
         return fake.requires_grad_(leaf.requires_grad)
-    return structural_copy(leaf)
+    return structural_or_same(leaf)
 
 
 def _first_line(error: Exception) -> str:
@@ -292,6 +294,7 @@ class _Recorder(TorchFunctionMode):
         op = self.watched.ops[node]
         if name in ADDITIONS:
             op.line = _line()
+            self.watched.adds.setdefault(op.scope, []).append(node)
             op.scaled = "alpha" in kwargs or "out" in kwargs
         source = args[0] if args and isinstance(args[0], Tensor) else None
         same_values = name not in ("detach", "__get__") and source is not None
@@ -336,8 +339,8 @@ class _Recorder(TorchFunctionMode):
 
 
 def structural_or_same(leaf: Any) -> Any:
-    """Tensors as they are; copies of mutable objects."""
-    return leaf if isinstance(leaf, Tensor) else structural_copy(leaf)
+    """Tensors as they are; copies of mutable objects, which share them."""
+    return leaf if isinstance(leaf, Tensor) else structural_copy(leaf, attached=True)
 
 
 def _storage(tensor: Tensor) -> int:

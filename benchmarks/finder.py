@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -55,6 +56,7 @@ class Op:
         owner: Qualified name of the module whose code runs it.
         line: File and line of an add.
         turn: How many times the same line of the same call has added before.
+        function: The torch function that it is part of.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Op:
     owner: str = ""
     line: str = ""
     turn: int = 0
+    function: str = ""
 
 
 @dataclass(eq=False)
@@ -135,7 +138,8 @@ def _watched(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        with _owners(model, watcher), torch.enable_grad(), _nothing_saved(), watcher:
+        calls = _TorchCalls(watcher)
+        with _owners(model, watcher), torch.enable_grad(), _nothing_saved(), watcher, calls:
             model(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_paths)
@@ -165,12 +169,32 @@ def _owners(model: nn.Module, watcher: _Watcher) -> Iterator[None]:
         yield
 
 
+class _TorchCalls(TorchFunctionMode):
+    """Tells the watcher which torch function runs: what adds inside a GRU cell is no model's add."""
+
+    def __init__(self, watcher: _Watcher) -> None:
+        super().__init__()
+        self._watcher = watcher
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function and name it."""
+        before = self._watcher.function
+        self._watcher.function = getattr(func, "__name__", "")
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._watcher.function = before
+
+
 class _Watcher(TorchDispatchMode):
     """Notes every operation and which tensors it read; keeps them all, so that no id returns."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[Any]) -> None:
         super().__init__()
         self.ops: list[Op] = []
+        self.function = ""  # the torch function that runs; none in scripted code
         self._owners: list[tuple[str, Counter[str]]] = [("", Counter())]
         self._nodes: dict[int, int] = {}
         self._sharing: dict[int, list[Tensor]] = {}
@@ -215,6 +239,7 @@ class _Watcher(TorchDispatchMode):
         view = next((t for t in _tensors(args) if _storage(t) == _storage(tensor)), None)
         pair = [t for t in args[:2] if isinstance(t, Tensor) and t.is_floating_point()]
         add = name in _ADDS and len(pair) == 2 and kwargs.get("alpha", 1) == 1
+        add = add and (not self.function or "add" in self.function)
         if view is not None and view is not tensor and name not in _COPIES:
             name = "view" if view.numel() == tensor.numel() else "part"
         owner, turns = self._owners[-1]
@@ -231,6 +256,7 @@ class _Watcher(TorchDispatchMode):
             owner=owner,
             line=line,
             turn=turns[line],
+            function=self.function,
         )
 
     def _node(self, tensor: Tensor) -> int:
@@ -389,8 +415,9 @@ def _carried(ops: Sequence[Op], node: int, *, norms: bool) -> int | None:
     """The operand whose elements an operation keeps in their places; None if it does not."""
     op = ops[node]
     values = [operand for operand in op.operands if not ops[operand].constant]
-    if op.name in _NORMS:
-        return values[0] if norms and ops[values[0]].shape == op.shape else None
+    if op.name in _NORMS or (op.function == "rms_norm" and values):  # which ATen spells out
+        whole = [value for value in values if ops[value].shape == op.shape]
+        return whole[0] if norms and whole else None
     if len(values) != 1:
         return None
     if op.name == "view":

@@ -170,7 +170,7 @@ def _owners(model: nn.Module, watcher: _Watcher) -> Iterator[None]:
 
 
 class _TorchCalls(TorchFunctionMode):
-    """Tells the watcher which torch function runs: what adds inside a GRU cell is no model's add."""
+    """Tells the watcher which torch function runs: a GRU's own adds are none of the model's."""
 
     def __init__(self, watcher: _Watcher) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class _Watcher(TorchDispatchMode):
         pair = [t for t in args[:2] if isinstance(t, Tensor) and t.is_floating_point()]
         add = name in _ADDS and len(pair) == 2 and kwargs.get("alpha", 1) == 1
         add = add and (not self.function or "add" in self.function)
-        if view is not None and view is not tensor and name not in _COPIES:
+        if view is not None and view is not tensor and name not in (*_COPIES, "detach"):
             name = "view" if view.numel() == tensor.numel() else "part"
         owner, turns = self._owners[-1]
         line = _line() if add else ""

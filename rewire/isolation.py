@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
+import types
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -147,8 +148,23 @@ def same_content(value: Any, content: Any) -> bool:
 def _caches_of(package: str, loaded: int) -> tuple[functools._lru_cache_wrapper[Any], ...]:
     """The caches that the modules of a package have at their top, with so many modules loaded."""
     sources = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == package]
-    values = [value for source in sources for value in list(vars(source).values())]
-    return tuple(value for value in values if type(value) is _LRU_CACHE)
+    return tuple(cache for source in sources for cache in _caches_in(source))
+
+
+def _caches_in(holder: Any) -> Iterator[functools._lru_cache_wrapper[Any]]:
+    """The caches among the attributes of a module or class, also behind a decorator of its own."""
+    for value in list(vars(holder).values()):
+        cells = value.__closure__ or () if type(value) is types.FunctionType else ()
+        for item in (value, *(_content(cell) for cell in cells)):
+            if type(item) is _LRU_CACHE:
+                yield item
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
 
 
 def _lru_caches(model: nn.Module) -> list[functools._lru_cache_wrapper[Any]]:
@@ -157,7 +173,5 @@ def _lru_caches(model: nn.Module) -> list[functools._lru_cache_wrapper[Any]]:
     packages -= {"torch", "builtins"}
     found = {id(c): c for package in packages for c in _caches_of(package, len(sys.modules))}
     for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
-        for value in vars(cls).values():
-            if type(value) is _LRU_CACHE:
-                found[id(value)] = value
+        found |= {id(cache): cache for cache in _caches_in(cls)}
     return list(found.values())

@@ -139,6 +139,7 @@ class Holdings:
 
     def __init__(self) -> None:
         self._modules: list[nn.Module] = []
+        self._read: list[Place] = []
         self._owners: list[nn.Module] = []
         self._buffers: list[Place] = []
         self._parameters: list[Place] = []
@@ -152,11 +153,11 @@ class Holdings:
             roots: Modules that are called.
             read: Parameters and buffers that are read from modules that are not.
         """
-        modules = _tree(roots)
+        modules, read = _tree(roots), list(read)
         same = len(modules) == len(self._modules)
-        if same and all(map(operator.is_, modules, self._modules)):
+        if same and all(map(operator.is_, modules, self._modules)) and read == self._read:
             return
-        self._modules = modules
+        self._modules, self._read = modules, read
         self._owners = [m for m in modules if m._buffers]
         self._buffers = [(m, name) for m in self._owners for name in m._buffers]
         self._parameters = [(m, name) for m in modules for name in m._parameters]

@@ -382,7 +382,7 @@ def _gradient_check(
     name: str, found: Mapping[str, Tensor | None], wanted: Mapping[str, Tensor | None], limit: float
 ) -> Check:
     """The largest relative error, max|a - b| / max|b|, over all tensors."""
-    sizes = (float(b.abs().max()) for b in wanted.values() if b is not None)
+    sizes = (_largest(b) for b in wanted.values() if b is not None)
     floor = _SMALLEST_SHARE * max(sizes, default=0.0)
     errors = {key: _error(found.get(key), b, floor) for key, b in wanted.items()}
     worst = max(errors, key=lambda key: errors[key], default="")
@@ -393,10 +393,15 @@ def _gradient_check(
 def _error(a: Tensor | None, b: Tensor | None, floor: float) -> float:
     if a is None or b is None:
         return 0.0 if a is b else math.inf
-    difference, scale = float((a - b).abs().max()), max(float(b.abs().max()), floor)
+    difference, scale = _largest(a - b), max(_largest(b), floor)
     if math.isnan(difference) or scale == 0:
         return math.inf if difference else 0.0
     return difference / scale
+
+
+def _largest(tensor: Tensor) -> float:
+    """max|t|; 0 of nothing (a network without register tokens has a parameter [1, 0, D])."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def _gradient_limit(model: nn.Module) -> float:

@@ -19,6 +19,8 @@ import rewire
 from rewire.reversible import ReversibleSequential
 from rewire.verification import Check, Verdict, verify
 from tests.faults import FAULTS
+from tests.specimens import DIM, Loop, rows
+from tests.test_zoo_finds import HeadFree
 
 NAMES = [
     "outputs",
@@ -226,3 +228,10 @@ def test_own_generators_are_no_fault() -> None:
     rev = rewire.make_reversible(model, torch.randn(2, 8))
     verdict = rewire.verify(rev, torch.randn(256, 8))
     assert verdict.passed, str(verdict)
+
+
+def test_a_parameter_without_elements_is_no_obstacle() -> None:
+    model = Loop(HeadFree).double()
+    model.register_tokens = nn.Parameter(torch.empty(1, 0, DIM, dtype=torch.float64))
+    rev = rewire.make_reversible(model, rows())
+    assert rewire.verify(rev, rows(), original=model).passed

@@ -1,0 +1,242 @@
+"""What the zoo found in real models, each made small: mechanisms that must not be lost again."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+import rewire
+from tests.specimens import DIM, Loop, mlp, rows
+
+
+def lengths(model: nn.Module, x: Any) -> list[int]:
+    """Number of residual modules in each chain."""
+    return [len(chain) for chain in rewire.plan(model, x).chains]
+
+
+def proven(model: nn.Module, x: Tensor) -> nn.Module:
+    """Rewired, and verified in float64."""
+    rev = rewire.make_reversible(model.double().train(), x)
+    verdict = rewire.verify(rev, x, original=model)
+    assert verdict.passed, str(verdict)
+    return rev
+
+
+# ---- caches ------------------------------------------------------------------------------
+
+
+def cached(function: Any) -> Any:
+    """A decorator that hides an lru_cache in its closure."""
+    inner = functools.lru_cache(maxsize=8)(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        return inner(*args)
+
+    return wrapper
+
+
+@cached
+def table(length: int) -> Tensor:
+    """Positions, made once for each length."""
+    return torch.arange(length, dtype=torch.float64)[:, None]
+
+
+class Tabled(nn.Module):
+    """Reads a cached table in its branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x + table(x.shape[1]))
+
+
+def test_no_fake_tensor_stays_in_a_cache_behind_a_decorator() -> None:
+    rewire.plan(Loop(Tabled).double(), rows())
+    assert not isinstance(table(6), FakeTensor)
+
+
+class Memory:
+    """A decoder's cache: it grows with each write."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def write(self, value: Tensor) -> Tensor:
+        """All that was written so far."""
+        self.kept = [*self.kept, value]
+        return torch.cat(self.kept, 1)
+
+
+class Remembering(nn.Module):
+    """Asks about a value after it has written: the trace is tried again with the other answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        seen = memory.write(x)
+        if not x.isfinite().all():
+            raise ValueError("a number was expected")
+        if seen.shape[1] != x.shape[1]:
+            raise ValueError("the memory is not empty")
+        return x + self.f(x + seen.mean())
+
+
+class RemembersAll(nn.Module):
+    """Each block has a memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Remembering() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, Memory())
+        return x
+
+
+def test_a_trace_that_is_tried_again_finds_its_arguments_as_they_were() -> None:
+    model = RemembersAll().double()
+    assert lengths(model, rows()) == [3]
+    plain = rewire.make_reversible(model, rows())
+    assert plain(rows()).shape == (4, 6, DIM)
+
+
+# ---- results that are tuples with names ----------------------------------------------------
+
+
+class Maximum(nn.Module):
+    """Reads `.values` of what `max` gives, and the rest of a shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = x.max(dim=1, keepdim=True).values
+        return x + self.f(x).reshape(x.shape[0], *x.shape[1:]) * best.sigmoid()
+
+
+def test_named_results_and_parts_of_shapes() -> None:
+    proven(Loop(Maximum), rows())
+
+
+# ---- normalisations where the next module begins -------------------------------------------
+
+
+class NormAct(nn.BatchNorm1d):
+    """A normalisation and its activation in one module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        y = nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1
+        )
+        return nn.functional.relu(y)
+
+
+class HeadNorm(nn.Module):
+    """T(x) + F(T(x)): the skip is what the home's own code makes of the sum before."""
+
+    norm: type[nn.Module] = nn.LayerNorm
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t = self.norm(DIM)
+        self.f = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.t(x)
+        return x + self.f(x)
+
+
+class HeadNormAct(HeadNorm):
+    """The same with an activation behind the norm, in the norm's own code."""
+
+    norm = NormAct
+
+
+class HeadNormThenAct(HeadNorm):
+    """The same with the activation in the home's code."""
+
+    norm = nn.BatchNorm1d
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.t(x).relu()
+        return x + self.f(x)
+
+
+def flat() -> Tensor:
+    """[8, DIM]."""
+    return torch.randn(8, DIM, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("block", [HeadNorm, HeadNormAct, HeadNormThenAct])
+@pytest.mark.parametrize("coupling", ["re2", "consistent(1/4)", "dr2(0.9, 0.1)"])
+def test_a_chain_goes_on_over_a_norm_that_begins_the_next_module(block: Any, coupling: str) -> None:
+    torch.manual_seed(0)
+    model = Loop(block, 4).double()
+    x = flat()
+    assert lengths(model, x) == [4]
+    rev = rewire.make_reversible(model, x, coupling=coupling)
+    verdict = rewire.verify(rev, x, original=model)
+    assert verdict.passed, str(verdict)
+
+
+def test_a_sum_that_something_else_reads_before_the_norm_cuts_the_chain() -> None:
+    class Tapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(HeadNorm() for _ in range(3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            total = torch.zeros_like(x)
+            for block in self.blocks:
+                x = block(x)
+                total = total * x
+            return x, total
+
+    assert lengths(Tapped().double(), flat()) == []
+
+
+# ---- chains under the skip of a U-Net ------------------------------------------------------
+
+
+class Unet(nn.Module):
+    """Chains on two levels, the lower one under a skip that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.first, self.lower, self.last = (Loop(HeadFree, depth) for depth in (2, 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.up(self.lower(self.down(x)))
+        return self.last(x)
+
+
+class HeadFree(HeadNorm):
+    """x + F(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(self.t(x))
+
+
+def test_the_chains_under_a_skip_are_taken_before_the_skip() -> None:
+    model = Unet().double()
+    assert sorted(lengths(model, rows())) == [2, 2, 4]
+    proven(model, rows())

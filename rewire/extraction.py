@@ -26,6 +26,7 @@ from rewire.traces import (
     needed_nodes,
     only_operand,
     same_value,
+    spelled,
 )
 
 
@@ -310,7 +311,7 @@ def _check_mutations(trace: Trace, pieces: list[Piece]) -> None:
                 early, later = later, early
             if later[1] is None or order[early[0]] > first[id(later[1])]:
                 raise CannotTrace(
-                    f"{change.target} changes a tensor in place that is read inside a residual "
+                    f"{spelled(change)} changes a tensor in place that is read inside a residual "
                     "branch and outside of it"
                 )
 
@@ -390,4 +391,4 @@ def _refuse_values(trace: Trace, needed: Collection[fx.Node]) -> None:
         reads = any(isinstance(trace.hints[n], Tensor) for n in node.all_input_nodes)
         what = node.args[1] if node.target is getattr else node.target
         if reads and what not in _FORMS:
-            raise CannotTrace(f"its forward decides by the values of a tensor ({what})")
+            raise CannotTrace(f"its forward decides by the values of a tensor: {spelled(node)}")

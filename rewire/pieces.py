@@ -22,6 +22,7 @@ from rewire.traces import (
     only_operand,
     readers,
     same_value,
+    spelled,
     storage_of,
     tensor_operands,
 )
@@ -188,7 +189,7 @@ class Piece:
         child = source.op == "call_module" and str(source.target) in homes
         outside = self.residual.entry == "outside" and (node.op == "placeholder" or child)
         if not outside and node not in sums:
-            raise CannotTrace(f"{node.target} stands on the trunk before {self.residual.name}")
+            raise CannotTrace(f"{spelled(node)} stands on the trunk before {self.residual.name}")
 
     def _find_norm(self) -> fx.Node:
         """The call that normalises the sum, or a view of it, and alone reads it."""
@@ -202,7 +203,7 @@ class Piece:
                 )
             node = users[0]
         if not is_activation(self.trace, node):
-            raise CannotTrace(f"{node.target} stands before the norm of {self.residual.name}")
+            raise CannotTrace(f"{spelled(node)} stands before the norm of {self.residual.name}")
         return node
 
     def _find_tail(self) -> list[fx.Node]:
@@ -337,7 +338,7 @@ def _copy_tail(
         source = only_operand(trace, node)
         inner = ancestors([node], until=[source])
         if outside := [n for n in inner if n.op == "placeholder"]:
-            raise CannotTrace(f"{node.target}, behind a sum, reads {outside[0].name} too")
+            raise CannotTrace(f"{spelled(node)}, behind a sum, reads {outside[0].name} too")
         copies = {source: x}
         for between in trace.graph.nodes:
             if between in inner:

@@ -153,6 +153,13 @@ def same_value(trace: Trace, node: fx.Node) -> fx.Node:
     return node
 
 
+def spelled(node: fx.Node) -> str:
+    """An operation as a person would find it: its name, file and line."""
+    target = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return f"{name} at {node.meta['line']}" if "line" in node.meta else name
+
+
 def only_operand(trace: Trace, node: fx.Node) -> fx.Node:
     """The tensor operand that depends on an argument, where there is one only.
 
@@ -161,5 +168,5 @@ def only_operand(trace: Trace, node: fx.Node) -> fx.Node:
     """
     values = [n for n in tensor_operands(trace, node) if n in trace.varying]
     if len(values) != 1:
-        raise CannotTrace(f"the trunk cannot be followed through {node.target}")
+        raise CannotTrace(f"the trunk cannot be followed through {spelled(node)}")
     return values[0]

@@ -33,7 +33,15 @@ from rewire.proxies import HintProxy
 from rewire.replay import autocast_state
 from rewire.structure import Container, Spec, flatten, tensors_of, unflatten
 from rewire.traces import Trace, after_effect, storage_of, tensor_operands
-from rewire.watching import ADDITIONS, as_fake, structural_or_same, watched_calls
+from rewire.watching import (
+    ADDITIONS,
+    as_fake,
+    current_line,
+    is_model_code,
+    line_of,
+    structural_or_same,
+    watched_calls,
+)
 
 # Functions without tensor arguments, which torch would not hand to a proxy.
 _FACTORIES = """arange empty eye full linspace ones rand randint randn tensor zeros
@@ -79,18 +87,29 @@ def trace_home(
             try:
                 with tracer.patches():
                     return tracer.run(forward, fresh, spec)
-            except CannotTrace:
-                raise
+            except CannotTrace as error:
+                raise CannotTrace(f"{error}{_place(error)}") from error
             except Exception as error:
                 assumed = list(tracer.trace.asked.values())
                 if len(assumed) == len(answers) or not assumed[-1]:
-                    raise CodeRaised(f"its forward cannot be traced ({_text(error)})") from error
+                    said = f"its forward cannot be traced{_place(error)}: {_text(error)}"
+                    raise CodeRaised(said) from error
                 answers = (*assumed[:-1], False)  # `assert not x.isnan().any()`
 
 
 def _fresh(leaf: Any, mode: FakeTensorMode | None) -> Any:
     """An argument for one run of the code, which may write to it (a decoder's cache)."""
     return structural_or_same(leaf) if mode is None else as_fake(mode, leaf)
+
+
+def _place(error: Exception) -> str:
+    """Where in the model's code an error came up."""
+    line, step = "", error.__traceback__
+    while step is not None:
+        if is_model_code(step.tb_frame):
+            line = f" at {line_of(step.tb_frame, step.tb_lineno)}"
+        step = step.tb_next
+    return line
 
 
 def _text(error: Exception) -> str:
@@ -197,6 +216,7 @@ class _Tracer(fx.proxy.TracerBase):
             raise CannotTrace("its forward switches gradients or autocast in its own code")
         arguments = self.create_arg(args), self.create_arg(kwargs)
         node = self.graph.create_node(kind, target, *arguments)
+        node.meta["line"] = current_line()
         with self.plainly():
             values = [self.trace.hints[source] for source in node.all_input_nodes]
             before = [(t, t._version) for t in tensors_of(values) if not t.is_inference()]

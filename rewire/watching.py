@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import networkx as nx
@@ -293,7 +294,7 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         op = self.watched.ops[node]
         if name in ADDITIONS:
-            op.line = _line()
+            op.line = current_line()
             self.watched.adds.setdefault(op.scope, []).append(node)
             op.scaled = "alpha" in kwargs or "out" in kwargs
         source = args[0] if args and isinstance(args[0], Tensor) else None
@@ -350,14 +351,22 @@ def _storage(tensor: Tensor) -> int:
         return -id(tensor)
 
 
-def _line() -> str:
+def current_line() -> str:
     """File and line of the innermost frame of a model's code (torch's own modules have some)."""
     frame = sys._getframe(1)
-    while frame.f_back is not None:
-        module = frame.f_globals.get("__name__", "")
-        layer = module.startswith("torch.nn.modules.") and module != nn.Module.__module__
-        if layer or module.partition(".")[0] not in ("torch", __package__):
-            break
+    while frame.f_back is not None and not is_model_code(frame):
         frame = frame.f_back
+    return line_of(frame, frame.f_lineno)
+
+
+def is_model_code(frame: FrameType) -> bool:
+    """Whether a frame runs a model's code: neither ours nor torch's, but for torch's layers."""
+    module = frame.f_globals.get("__name__", "")
+    layer = module.startswith("torch.nn.modules.") and module != nn.Module.__module__
+    return layer or module.partition(".")[0] not in ("torch", __package__)
+
+
+def line_of(frame: FrameType, number: int) -> str:
+    """File, with the two folders above it, and line."""
     path = frame.f_code.co_filename.replace("\\", "/")
-    return f"{'/'.join(path.rsplit('/', 3)[-3:])}:{frame.f_lineno}"
+    return f"{'/'.join(path.rsplit('/', 3)[-3:])}:{number}"

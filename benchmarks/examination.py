@@ -421,8 +421,13 @@ def _proof(result: Examination, model: nn.Module, plan: rewire.Plan, example: Ex
     else:
         model.float()
         result.numbers["dtype"] = "float32"
-    rev = rewire.make_reversible(model, plan=plan)
-    verdict = rewire.verify(rev, *example.args, original=model, **example.kwargs)
+    try:
+        verdict = _verified(model, plan, example)
+    except rewire.CannotTrace:  # e.g. a skip that is cast to float32, whatever the model's dtype
+        if "dtype" in result.numbers:
+            raise
+        result.numbers["dtype"] = "float32"
+        verdict = _verified(model.float(), plan, Example(*tree_map(_float, _given(example))))
     found = {check.name: check for check in verdict.checks}
     gradients = [c for c in verdict.checks if "gradient" in c.name and c.unit == "relative"]
     error = max(check.measured for check in gradients)
@@ -432,6 +437,20 @@ def _proof(result: Examination, model: nn.Module, plan: rewire.Plan, example: Ex
     if not error <= LIMIT:
         result.faults.append(f"gradients {error:.1e}")
     result.faults += [f"{c.name} {c.detail}" for c in verdict.checks if not c.passed]
+
+
+def _verified(model: nn.Module, plan: rewire.Plan, example: Example) -> rewire.Verdict:
+    rev = rewire.make_reversible(model, plan=plan)
+    return rewire.verify(rev, *example.args, original=model, **example.kwargs)
+
+
+def _given(example: Example) -> tuple[Any, Any]:
+    return example.args, dict(example.kwargs)
+
+
+def _float(leaf: Any) -> Any:
+    wide = isinstance(leaf, Tensor) and leaf.dtype == torch.float64
+    return leaf.float() if wide else leaf
 
 
 def _runs(model: nn.Module, example: Example) -> bool:
@@ -444,7 +463,7 @@ def _runs(model: nn.Module, example: Example) -> bool:
 
 
 def _doubled(example: Example) -> Example:
-    return Example(*tree_map(_double, (example.args, dict(example.kwargs))))
+    return Example(*tree_map(_double, _given(example)))
 
 
 def _double(leaf: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -36,6 +37,7 @@ GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99}
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
 SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
 AUDIO = {**SMALL, "conv_dim": (16,) * 7}
+DECISIONS = transformers.DecisionTransformerConfig(hidden_size=32, n_layer=1, n_head=2)
 LLAMA = {**SMALL, "num_key_value_heads": 2, "vocab_size": 99}
 
 
@@ -116,6 +118,7 @@ def test_large_timm_vit() -> None:
             {"text_config": SMALL, "vision_config": {**SMALL, "image_size": 64}},
             {"input_ids": [2, 16], "pixel_values": [2, 3, 64, 64]},
         ),
+        ("PatchTST", {"context_length": 24, "num_input_channels": 3}, {"past_values": [2, 24, 3]}),
         ("CLIPText", SMALL, {"input_ids": [2, 16]}),
         ("CLIPVision", {**SMALL, "image_size": 64}, {"pixel_values": [2, 3, 64, 64]}),
     ],
@@ -169,6 +172,75 @@ class Values(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.linear(x)
         return y if x.sum().item() > 1e9 else -y
+
+
+class Both(nn.Module):
+    """Cannot do without a picture and a text, in an order that its layers do not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8)
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
+        seen = self.patches(pixel_values).flatten(2).transpose(1, 2)
+        return torch.cat([seen, self.table(input_ids)], dim=1)
+
+
+class Timed(nn.Module):
+    """Says only when it runs that it wants a time too."""
+
+    def __init__(self, name: str = "timestep") -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+        self.name = name
+
+    def forward(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
+        if timestep is None:
+            raise ValueError(f"You have to specify `{self.name}`.")
+        y: Tensor = self.conv(sample) * timestep.cos().view(-1, 1, 1, 1)
+        return y
+
+
+class Prompted(nn.Module):
+    """Has a config and a main input, and cannot do without another one."""
+
+    main_input_name: str | list[str] = "pixel_values"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_size=12, num_channels=2)
+        self.conv = nn.Conv2d(4, 4, 3)
+
+    def forward(self, prompt_pixel_values: Tensor, pixel_values: Tensor) -> Tensor:
+        y: Tensor = self.conv(torch.cat([prompt_pixel_values, pixel_values], dim=1))
+        return y
+
+
+def test_several_required_inputs_are_told_by_their_names() -> None:
+    model = Both()
+    image, ids = example_for(model).args
+    assert (list(image.shape), list(ids.shape)) == ([2, 3, 224, 224], [2, 16])
+    assert (image.dtype, ids.dtype) == (torch.float32, torch.int64)
+    assert run(model, example_for(model)) is not None
+
+
+@pytest.mark.parametrize("main", ["pixel_values", ["pixel_values", "prompt_pixel_values"]])
+def test_required_inputs_beside_the_main_one(main: Any) -> None:
+    model = Prompted()
+    model.main_input_name = main
+    shapes = {name: list(tensor.shape) for name, tensor in example_for(model).kwargs.items()}
+    assert shapes == {"prompt_pixel_values": [2, 2, 12, 12], "pixel_values": [2, 2, 12, 12]}
+    assert run(model, example_for(model)) is not None
+
+
+def test_what_the_error_asks_for_is_given() -> None:
+    example = example_for(Timed())
+    assert [list(tensor.shape) for tensor in example.args] == [[2, 4, 224, 224]]
+    assert {name: list(tensor.shape) for name, tensor in example.kwargs.items()} == {
+        "timestep": [2]
+    }
+    assert run(Timed(), example) is not None
 
 
 PLAIN: list[tuple[nn.Module, list[list[int]]]] = [
@@ -285,6 +357,15 @@ def test_failure_says_what_was_tried_and_what_to_do(capfd: pytest.CaptureFixture
     assert "--input-shape" in message
     assert "\n" not in message
     assert capfd.readouterr() == ("", "")
+
+
+def test_failure_names_the_arguments_in_a_line_to_paste() -> None:
+    with pytest.raises(CannotTrace) as caught:
+        example_for(Timed("more"))
+    assert str(caught.value).endswith('such as rewire.plan(model, {"sample": ...}).')
+    with pytest.raises(CannotTrace) as caught:
+        example_for(transformers.DecisionTransformerModel(DECISIONS))
+    assert 'rewire.plan(model, {"states": ...' in str(caught.value)
 
 
 def test_a_users_example_in_one_form() -> None:

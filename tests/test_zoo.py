@@ -1,0 +1,90 @@
+"""The zoo: `pytest -m zoo` examines every model, each in a process of its own.
+
+Hours on two cores; `python benchmarks/zoo.py run` does the same and can be stopped. The record that
+it leaves is held here to what it must say, in no time.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.menagerie import Specimen, specimens, truth
+from benchmarks.zoo import RECORD, examine_all, lost, read
+from benchmarks.zoo_tables import CONVERTED, markdown
+from tests.specimens import SPECIMENS
+
+# Where the finder and the detector agree against the truth, as records/README.md says.
+OTHERWISE = {"timm/tiny_vit_5m_224", "torchvision/raft_small"}
+RECORDED = read(RECORD)
+
+
+def same_chains(row: dict[str, str]) -> bool:
+    """Whether a line has the chains of the truth."""
+    name = f"{row['library']}/{row['model']}"
+    return name in OTHERWISE or name not in truth() or row["chains"] == truth()[name]["chains"]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("specimen", specimens(), ids=lambda specimen: specimen.id)
+def test_model(specimen: Specimen) -> None:
+    [row] = examine_all([specimen], 1, 1800)
+    assert not row["verdict"].startswith("FAILED"), row["verdict"]
+    assert same_chains(row), row["chains"]
+
+
+def test_names_are_unique() -> None:
+    names = [specimen.id for specimen in specimens()]
+    assert len(set(names)) == len(names)
+
+
+def test_the_record_has_no_failure() -> None:
+    assert [row["model"] for row in RECORDED if row["verdict"].startswith("FAILED")] == []
+
+
+def test_the_record_has_the_chains_of_the_truth() -> None:
+    assert [row["model"] for row in RECORDED if not same_chains(row)] == []
+
+
+def test_every_chain_that_is_not_rewired_has_a_reason() -> None:
+    cut = [row for row in RECORDED if int(row["modules"] or 0) < int(row["of_modules"] or 0)]
+    assert [row["model"] for row in cut if not row["reason"]] == []
+
+
+def test_every_rewired_model_of_the_record_is_verified() -> None:
+    rewired = [row for row in RECORDED if int(row["modules"] or 0)]
+    assert [row["model"] for row in rewired if row["verdict"] not in CONVERTED] == []
+    assert [row["model"] for row in rewired if float(row["gradient_error"]) > 1e-10] == []
+
+
+# ---- the driver ----------------------------------------------------------------------------
+
+
+def small(name: str = "plus") -> Specimen:
+    """A network of the tests as a model of the zoo."""
+    spec = SPECIMENS["plus"]
+    return Specimen("tests", name, "tests", spec.make, lambda: (spec.inputs().float(),))
+
+
+def crash() -> None:
+    """Ends its process."""
+    raise SystemExit(3)
+
+
+def test_a_model_is_examined_in_a_process_of_its_own() -> None:
+    [row] = examine_all([small()], 1, 120)
+    assert row["verdict"] == "verified"
+
+
+def test_a_process_that_dies_or_hangs_is_a_line_too() -> None:
+    dying = Specimen("tests", "dies", "tests", crash)  # type: ignore[arg-type]
+    [row] = examine_all([dying], 1, 120)
+    assert row["verdict"].startswith("FAILED: its process ended")
+    [row] = examine_all([small()], 1, 0.0)
+    assert row["verdict"] == "FAILED: out of time"
+
+
+def test_tables_tell_totals_and_reasons() -> None:
+    [row] = examine_all([small()], 1, 120)
+    text = markdown([row, lost(small("other"), "FAILED: out of time")])
+    assert "| **all** | 2 | 1 | 1 | 0 | 1 | 1 | 3 of 3 |" in text
+    assert "tests/plus" in text

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.ao import quantization
+from torch.nn.utils import parametrizations
 
 import rewire
 from tests.specimens import DIM, Loop, mlp, rows
@@ -240,3 +242,60 @@ def test_the_chains_under_a_skip_are_taken_before_the_skip() -> None:
     model = Unet().double()
     assert sorted(lengths(model, rows())) == [2, 2, 4]
     proven(model, rows())
+
+
+# ---- layers that are more than weights -----------------------------------------------------
+
+
+class Quantized(HeadFree):
+    """x + F(q(x)), q a fake quantizer whose observer changes buffers in each training forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        observer = quantization.MovingAverageMinMaxObserver
+        self.q = quantization.FakeQuantize(observer, quant_min=0, quant_max=255)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(self.q(self.t(x)))
+
+
+class Weighed(HeadFree):
+    """A branch with a parametrized weight, which power iteration changes in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parametrizations.spectral_norm(self.f[0])
+        parametrizations.weight_norm(self.f[2])
+
+
+class Counting(HeadFree):
+    """A branch that counts its calls in a buffer, and an auxiliary loss that leaves it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = CountedMlp()
+
+
+class CountedMlp(nn.Module):
+    """Counts its training forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return self.body(x)
+
+
+@pytest.mark.parametrize("block", [Quantized, Weighed, Counting])
+def test_layers_that_change_their_own_state_in_forward(block: Any) -> None:
+    torch.manual_seed(0)
+    model = Loop(block).double() if block is not Quantized else Loop(block)
+    x = rows() if block is not Quantized else rows().float()
+    assert lengths(model, x) == [3]
+    rev = rewire.make_reversible(model.train(), x)
+    verdict = rewire.verify(rev, x, original=model)
+    assert verdict.passed, str(verdict)

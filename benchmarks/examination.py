@@ -194,7 +194,8 @@ def _names(row: rewire.Skipped, add: ResidualAdd) -> bool:
     where = row.where.partition("#")[0]
     home = where.rpartition(".")[0]  # a residual module is called after the child that does it
     near = where == add.owner or f"{where}.".startswith(f"{add.owner}.") or not add.owner
-    return row.line == add.line and (near or f"{add.owner}.".startswith((f"{where}.", f"{home}.")))
+    above = not home or f"{add.owner}.".startswith((f"{where}.", f"{home}."))
+    return row.line == add.line and (near or above)
 
 
 def _counted(reasons: Iterator[str] | Sequence[str]) -> str:

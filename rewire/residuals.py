@@ -77,6 +77,7 @@ def find_residuals(watched: Watched) -> tuple[list[Found], list[Skipped]]:
             skipped.append(result)
             continue
         _follow_trunk(watched, result, by_sum)
+        _share_home(watched, result)
         found.append(result)
         by_sum[add] = result
     return found, skipped
@@ -274,6 +275,20 @@ def _follow_trunk(watched: Watched, found: Found, by_sum: dict[int, Found]) -> N
             by_sum[node].followers.append(found)
             return
     found.stop = node
+
+
+def _share_home(watched: Watched, found: Found) -> None:
+    """A branch that begins in the code of the home before it needs that code: one home for both.
+
+    A child that hands on both its sum and the normalised sum has the first layer of the next
+    branch in it.
+    """
+    before = found.previous
+    if before is None or before.home == found.home:
+        return
+    inside = found.home in watched.calls[before.home].path
+    if inside and any(before.home in watched.path(node) for node in found.branch):
+        before.home = found.home
 
 
 def trunk_kind(watched: Watched, node: int) -> str:

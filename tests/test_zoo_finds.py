@@ -299,3 +299,36 @@ def test_layers_that_change_their_own_state_in_forward(block: Any) -> None:
     rev = rewire.make_reversible(model.train(), x)
     verdict = rewire.verify(rev, x, original=model)
     assert verdict.passed, str(verdict)
+
+
+# ---- a branch that begins in another module ------------------------------------------------
+
+
+class SumAndNorm(nn.Module):
+    """Hands on its sum and what the next branch begins with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.t = mlp(), nn.LayerNorm(DIM)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.f(x)
+        return x, self.t(x)
+
+
+class Handed(nn.Module):
+    """x + F(t), both from a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = SumAndNorm(), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, t = self.first(x)
+        return x + self.second(t)
+
+
+def test_a_branch_that_begins_in_the_module_before() -> None:
+    model = Loop(Handed).double()
+    assert lengths(model, rows()) == [6]
+    proven(model, rows())

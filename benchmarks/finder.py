@@ -464,14 +464,13 @@ def _chains(ops: Sequence[Op], adds: Sequence[ResidualAdd]) -> list[list[Residua
 
 
 def _once(chains: list[list[ResidualAdd]]) -> list[list[ResidualAdd]]:
-    """A model that runs the same modules again repeats their chains."""
+    """A model that runs the same modules again repeats their chains; two chains may share one."""
     seen: set[tuple[str, str, int]] = set()
     kept = []
     for chain in sorted(chains, key=len, reverse=True):
-        keys = {one.key for one in chain}
-        if not keys & seen:
-            kept.append(chain)
-        seen |= keys
+        shared = [one for one in chain if one.key in seen]
+        kept += [part for part in _parts(chain, shared) if len(part) > 1]
+        seen |= {one.key for one in chain}
     return kept
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from rewire.blocks import as_one, blocks
 from rewire.drafts import Draft, foreign_code, name_residuals, skip
-from rewire.nesting import separate
+from rewire.nesting import parts_of, separate
 from rewire.plans import Chain, Residual, Skipped
 from rewire.residuals import Found, common_prefix
 from rewire.trunks import last_norm, link
@@ -88,14 +88,16 @@ def _cut(chain: list[Draft]) -> list[Draft]:
 
 
 def _distinct(chains: list[list[Draft]]) -> list[list[Draft]]:
-    """Each module in one chain only: a model that calls modules twice repeats its chains."""
+    """Each module in one chain only, the longest: others go on before and behind it.
+
+    A model that calls modules twice repeats its chains; two streams may share a module.
+    """
     kept: list[list[Draft]] = []
-    owner: dict[tuple[str, int], int] = {}
+    owned: set[tuple[str, int]] = set()
     for chain in sorted(chains, key=len, reverse=True):
-        if any(draft.key in owner for draft in chain):
-            continue
-        owner.update({draft.key: len(kept) for draft in chain})
-        kept.append(chain)
+        shared = [draft for draft in chain if draft.key in owned]
+        kept += [_cut(part) if shared else part for part in parts_of(chain, shared)]
+        owned.update(draft.key for draft in chain)
     return sorted(kept, key=lambda chain: chain[0].found.add)
 
 

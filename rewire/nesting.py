@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from rewire.drafts import Draft, skip
 from rewire.plans import Skipped
@@ -35,7 +35,7 @@ def separate(
         holders = {draft: cs for draft, cs in within.items() if any(len(c) > 1 for c in cs)}
         if len(outer) > 1 and _cheaper_inside(watched, holders):
             skipped += [skip(d, "nested", "its branch holds chains itself") for d in holders]
-            todo += [cut(part) for part in _parts(outer, holders)]
+            todo += [cut(part) for part in parts_of(outer, holders)]
             continue
         kept.append(outer)
         if len(outer) == 1:
@@ -74,7 +74,7 @@ def _size(watched: Watched, nodes: frozenset[int]) -> int:
     return sum(math.prod(op.shape) for op in ops if not op.view)
 
 
-def _parts(chain: Chain, without: dict[Draft, list[Chain]]) -> list[Chain]:
+def parts_of(chain: Chain, without: Container[Draft]) -> list[Chain]:
     """What remains of a chain, piece by piece."""
     parts: list[Chain] = [[]]
     for draft in chain:

@@ -54,7 +54,7 @@ def specimens() -> list[Specimen]:
 
 
 def truth() -> dict[str, dict[str, str]]:
-    """What is known of some of them, by id: see records/README.md."""
+    """What is known of some of them, by id: see the README beside this file."""
     with TRUTH.open() as stream:
         return {f"{row['library']}/{row['model']}": row for row in csv.DictReader(stream)}
 

@@ -18,7 +18,7 @@ from benchmarks.zoo import RECORD, examine_all, lost, read
 from benchmarks.zoo_tables import CONVERTED, markdown
 from tests.specimens import SPECIMENS
 
-# Where the finder and the detector agree against the truth, as records/README.md says.
+# Where finder and detector agree against the truth: benchmarks/README.md says why.
 OTHERWISE = {"timm/tiny_vit_5m_224", "torchvision/raft_small"}
 RECORDED = read(RECORD)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from rewire.blocks import as_one, blocks
-from rewire.drafts import Draft, foreign_code, name_residuals, skip
+from rewire.drafts import Draft, cut_off, foreign_code, name_residuals, skip
 from rewire.nesting import parts_of, separate
 from rewire.plans import Chain, Residual, Skipped
 from rewire.residuals import Found, common_prefix
@@ -43,7 +43,7 @@ def draft_chains(
     for draft in drafts.values():
         link(watched, draft, drafts, trunk)
     chains = _distinct(_longest(list(drafts.values())))
-    chains = separate(watched, chains, _cut, skipped)
+    chains = separate(watched, chains, skipped)
     plan = []
     for chain in chains:
         if len(chain) > 1:
@@ -70,21 +70,8 @@ def _longest(drafts: list[Draft]) -> list[list[Draft]]:
             chain.append(node)
             node = max(node.followers, key=length.__getitem__, default=None)
         if chain:
-            chains.append(_cut(chain))
+            chains.append(cut_off(chain))
     return chains
-
-
-def _cut(chain: list[Draft]) -> list[Draft]:
-    """A chain whose first module starts it, whatever came before."""
-    first = chain[0]
-    if first.residual.entry != "fork":
-        head = any(node > first.found.fork for node in first.found.trunk)
-        first.residual = replace(first.residual, entry="fork", head=head)
-        first.kind = first.kind or "fork"
-        first.cut = first.cut or "the chain of the sum before it goes another way"
-    if chain[-1].residual.tail:
-        chain[-1].residual = replace(chain[-1].residual, tail=False)
-    return chain
 
 
 def _distinct(chains: list[list[Draft]]) -> list[list[Draft]]:
@@ -96,7 +83,7 @@ def _distinct(chains: list[list[Draft]]) -> list[list[Draft]]:
     owned: set[tuple[str, int]] = set()
     for chain in sorted(chains, key=len, reverse=True):
         shared = [draft for draft in chain if draft.key in owned]
-        kept += [_cut(part) if shared else part for part in parts_of(chain, shared)]
+        kept += [cut_off(part) if shared else part for part in parts_of(chain, shared)]
         owned.update(draft.key for draft in chain)
     return sorted(kept, key=lambda chain: chain[0].found.add)
 

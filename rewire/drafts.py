@@ -114,6 +114,24 @@ def foreign_code(watched: Watched, draft: Draft, found: Sequence[Found]) -> Skip
     return None
 
 
+def start(draft: Draft) -> None:
+    """Note that a residual module starts its chain: what stands before its fork is not its own."""
+    head = any(node > draft.found.fork for node in draft.found.trunk)
+    draft.residual = replace(draft.residual, entry="fork", head=head, head_norm=False)
+
+
+def cut_off(chain: list[Draft]) -> list[Draft]:
+    """A chain whose first module starts it and whose last ends it, whatever stands around."""
+    first = chain[0]
+    if first.residual.entry != "fork":
+        start(first)
+        first.kind = first.kind or "fork"
+        first.cut = first.cut or "the chain of the sum before it goes another way"
+    if chain[-1].residual.tail:
+        chain[-1].residual = replace(chain[-1].residual, tail=False)
+    return chain
+
+
 def skip(draft: Draft, reason: str, detail: str) -> Skipped:
     """A draft as a module that is left alone."""
     return Skipped(draft.residual.name, draft.residual.where, reason, detail)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable
 
-from rewire.drafts import Draft, skip
+from rewire.drafts import Draft, cut_off, skip
 from rewire.plans import Skipped
 from rewire.watching import Watched
 
 Chain = list[Draft]
 
 
-def separate(
-    watched: Watched, chains: list[Chain], cut: Callable[[Chain], Chain], skipped: list[Skipped]
-) -> list[Chain]:
+def separate(watched: Watched, chains: list[Chain], skipped: list[Skipped]) -> list[Chain]:
     """Chains none of which stands in a branch of another, in the order in which they run.
 
     A residual module whose branch holds chains (a whole U-Net under its skip) can be rewired
@@ -24,7 +22,6 @@ def separate(
     Args:
         watched: The run.
         chains: Some of them inside of others.
-        cut: Makes a part of a chain a chain of its own.
         skipped: Gets the modules that are left alone.
     """
     todo, kept = list(chains), []
@@ -35,7 +32,7 @@ def separate(
         holders = {draft: cs for draft, cs in within.items() if any(len(c) > 1 for c in cs)}
         if len(outer) > 1 and _cheaper_inside(watched, holders):
             skipped += [skip(d, "nested", "its branch holds chains itself") for d in holders]
-            todo += [cut(part) for part in parts_of(outer, holders)]
+            todo += [cut_off(part) for part in parts_of(outer, holders)]
             continue
         kept.append(outer)
         if len(outer) == 1:

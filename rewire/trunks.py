@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rewire.drafts import Draft
+from rewire.drafts import Draft, start
 from rewire.residuals import Found, trunk_kind
 from rewire.watching import Watched
 
@@ -17,7 +17,7 @@ def link(watched: Watched, draft: Draft, drafts: dict[int, Draft], trunk: str) -
     previous = drafts.get(found.previous.add) if found.previous else None
     if previous is None:
         draft.kind, draft.cut = _why_first(watched, found)
-        _start(watched, draft)
+        start(draft)
         return
     norm = _norm_on(watched, previous.found, found.trunk)
     head_norm = [] if norm else _norm_at_head(watched, found, previous.found)
@@ -26,7 +26,7 @@ def link(watched: Watched, draft: Draft, drafts: dict[int, Draft], trunk: str) -
     obstacle = _obstacle(watched, found, zones)
     if obstacle:
         draft.kind, draft.cut = obstacle
-        _start(watched, draft)
+        start(draft)
         return
     same_home = previous.found.home == found.home
     kinds = {kind for part in zones.values() for kind in part}
@@ -47,13 +47,6 @@ def link(watched: Watched, draft: Draft, drafts: dict[int, Draft], trunk: str) -
     )
     draft.previous = previous
     previous.followers.append(draft)
-
-
-def _start(watched: Watched, draft: Draft) -> None:
-    """Note how a residual module starts its chain."""
-    found = draft.found
-    head = any(node > found.fork for node in found.trunk)
-    draft.residual = replace(draft.residual, entry="fork", head=head)
 
 
 def _zones(

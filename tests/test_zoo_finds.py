@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 import rewire
 from tests.specimens import DIM, Loop, mlp, rows
+from tests.test_as_the_original import Original
 
 
 def lengths(model: nn.Module, x: Any) -> list[int]:
@@ -332,3 +333,24 @@ def test_a_branch_that_begins_in_the_module_before() -> None:
     model = Loop(Handed).double()
     assert lengths(model, rows()) == [6]
     proven(model, rows())
+
+
+class Level(nn.Module):
+    """A skip over a chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.lower = Loop(HeadFree, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(self.lower(self.down(x)))
+
+
+def test_a_chain_that_is_cut_before_a_norm_starts_behind_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Level(), Loop(HeadNormAct, 2)).double()
+    assert sorted(lengths(model, flat())) == [2, 4]
+    rev = rewire.make_reversible(model, flat(), coupling=Original(), precision="float64")
+    x = flat()
+    assert torch.allclose(rev.eval()(x), model.eval()(x), rtol=0, atol=1e-9)

@@ -11,10 +11,9 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
-from unittest import mock
 
 import numpy
 import torch
@@ -24,9 +23,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 import rewire
 from benchmarks.finder import Findings, ResidualAdd, find
 from benchmarks.menagerie import Specimen
+from benchmarks.recording import Row
 from rewire.inputs import Example, as_example, example_for
+from rewire.isolation import training_mode
+from rewire.verification import one_more
+from rewire.watching import watched_calls
 
-Row = dict[str, Any]
 LIMIT = 1e-10  # relative error of a float64 gradient
 ROUNDING = 1e-12  # of float64 outputs whose sums are added up in another order
 
@@ -70,10 +72,8 @@ class Examination:
     def _verdict(self) -> str:
         if self.faults:
             return f"FAILED: {', '.join(self.faults)}"
-        if self.numbers.get("reason") and not self.numbers.get("modules"):
+        if not self.numbers["modules"]:
             return "declined" if self.numbers["chains"] else "nothing to rewire"
-        if not self.numbers.get("modules"):
-            return "nothing to rewire"
         return "verified in part" if self.numbers["reason"] else "verified"
 
 
@@ -127,12 +127,10 @@ def _example(specimen: Specimen, model: nn.Module) -> Example:
 
 
 def _frames(model: nn.Module) -> tuple[int, ...]:
-    first = next((m for m in model.modules() if hasattr(m, "kernel_size")), None)
-    return (8,) if isinstance(getattr(first, "kernel_size", 0), tuple) and _volume(first) else ()
-
-
-def _volume(layer: Any) -> bool:
-    return len(layer.kernel_size) == 3
+    """How many, where the first convolution is one in time too."""
+    sizes = (getattr(module, "kernel_size", None) for module in model.modules())
+    first = next((size for size in sizes if isinstance(size, tuple)), ())
+    return (8,) if len(first) == 3 else ()
 
 
 # ---- finder against detector -------------------------------------------------------------
@@ -254,16 +252,15 @@ def _stored(model: nn.Module, example: Example) -> Counter[str]:
 def _owners(model: nn.Module, owners: list[str]) -> Iterator[None]:
     """Note whose code runs. Hooks would be seen by rewired modules, which have their own rules."""
     names = {id(module): name for name, module in model.named_modules()}
-    original = nn.Module.__call__
 
-    def noted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def noted(original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         owners.append(names.get(id(module), owners[-1]))
         try:
             return original(module, *args, **kwargs)
         finally:
             owners.pop()
 
-    with mock.patch.object(nn.Module, "__call__", noted):
+    with watched_calls(noted):
         yield
 
 
@@ -275,7 +272,7 @@ def _plain_form(result: Examination, model: nn.Module, plan: rewire.Plan, exampl
     runs = {
         "plain_eval": (example, False),
         "plain_train": (example, True),
-        "plain_batch": (_other_batch(example), False),
+        "plain_batch": (one_more(example)[1], False),
         "plain_size": (_other_size(example), False),
     }
     same = same_as(model, as_original(model, plan))
@@ -286,7 +283,7 @@ def _plain_form(result: Examination, model: nn.Module, plan: rewire.Plan, exampl
         near = same_as(wide, as_original(wide, plan), ROUNDING)
         for name in [name for name in runs if name in result.faults]:
             given, training = runs[name]
-            if given is not None and near(_doubled(given), training):
+            if given is not None and near(_cast(given, torch.float64), training):
                 result.faults.remove(name)
                 result.numbers[name] = "rounding"
 
@@ -357,34 +354,14 @@ def _copy(leaf: Any) -> Any:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Buffers and training flags afterwards are as before."""
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        yield
+        with training_mode(model, model.training):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
-def _other_batch(example: Example) -> Example | None:
-    """One sample more."""
-    batch = _batch(example)
-
-    def grown(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.shape[:1] == (batch,):
-            return torch.cat([leaf, leaf[:1]])
-        return leaf
-
-    args, kwargs = tree_map(grown, (example.args, example.kwargs))
-    return Example(args, kwargs) if batch else None
-
-
-def _batch(example: Example) -> int:
-    leaves = tree_leaves((example.args, dict(example.kwargs)))
-    return next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim() > 1), 0)
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _other_size(example: Example) -> Example | None:
@@ -417,18 +394,13 @@ def _proof(result: Examination, model: nn.Module, plan: rewire.Plan, example: Ex
     A few networks have no float64 (kernels of their own, masks that become NaN): in float32 they
     must give the twin's gradients bit for bit, as exact mode promises.
     """
-    if _runs(model.double(), _doubled(example)):
-        example = _doubled(example)
-    else:
-        model.float()
+    verdict = None
+    if _runs(model.double(), _cast(example, torch.float64)):
+        with suppress(rewire.CannotTrace):  # e.g. a skip that is cast to float32, whatever it is
+            verdict = _verified(model, plan, _cast(example, torch.float64))
+    if verdict is None:
         result.numbers["dtype"] = "float32"
-    try:
-        verdict = _verified(model, plan, example)
-    except rewire.CannotTrace:  # e.g. a skip that is cast to float32, whatever the model's dtype
-        if "dtype" in result.numbers:
-            raise
-        result.numbers["dtype"] = "float32"
-        verdict = _verified(model.float(), plan, Example(*tree_map(_float, _given(example))))
+        verdict = _verified(model.float(), plan, example)
     found = {check.name: check for check in verdict.checks}
     gradients = [c for c in verdict.checks if "gradient" in c.name and c.unit == "relative"]
     error = max(check.measured for check in gradients)
@@ -447,15 +419,6 @@ def _verified(model: nn.Module, plan: rewire.Plan, example: Example) -> rewire.V
     return rewire.verify(rev, *example.args, original=model, **example.kwargs)
 
 
-def _given(example: Example) -> tuple[Any, Any]:
-    return example.args, dict(example.kwargs)
-
-
-def _float(leaf: Any) -> Any:
-    wide = isinstance(leaf, Tensor) and leaf.dtype == torch.float64
-    return leaf.float() if wide else leaf
-
-
 def _runs(model: nn.Module, example: Example) -> bool:
     """Whether it does, in eval mode, to numbers."""
     try:
@@ -465,10 +428,9 @@ def _runs(model: nn.Module, example: Example) -> bool:
     return not any(leaf.isnan().any() for leaf in leaves if leaf.is_floating_point())
 
 
-def _doubled(example: Example) -> Example:
-    return Example(*tree_map(_double, _given(example)))
+def _cast(example: Example, dtype: torch.dtype) -> Example:
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-
-def _double(leaf: Any) -> Any:
-    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-    return leaf.double() if floating else leaf
+    args, kwargs = tree_map(cast, (example.args, dict(example.kwargs)))
+    return Example(args, kwargs)

@@ -31,25 +31,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import zoo_tables
-from benchmarks.examination import COLUMNS, Row, examine
+from benchmarks import recording, zoo_tables
+from benchmarks.examination import COLUMNS, examine
 from benchmarks.menagerie import Specimen, specimens
-from benchmarks.recording import RECORDS, environment
+from benchmarks.recording import RECORDS, Row, environment
 
 RECORD = RECORDS / "zoo.csv"
-FIELDS = [
-    "library",
-    "model",
-    "family",
-    *COLUMNS,
-    "verdict",
-    "date",
-    "device",
-    "cores",
-    "threads",
-    "torch",
-    "rewire",
-]
+FIELDS = ["library", "model", "family", *COLUMNS, "verdict"]
 _MEMORY = 9 * 2**30  # of one process; two of them, and their files in memory, fit into 24 GB
 _LARGE = (
     "vit_h_14",
@@ -76,13 +64,13 @@ def examined(specimen: Specimen) -> Row:
         lines = str(error).strip().splitlines() or [""]
         row = lost(specimen, f"FAILED: {type(error).__name__}: {lines[0][:300]}")
         row["left"] = traceback.format_exc().strip().splitlines()[-3].strip()
-    return {name: row.get(name, "") for name in FIELDS} | environment()
+    return {name: row.get(name, "") for name in FIELDS}
 
 
 def lost(specimen: Specimen, verdict: str) -> Row:
     """A line for a model that was not examined to the end."""
     known = {"library": specimen.library, "model": specimen.name, "family": specimen.family}
-    return {**dict.fromkeys(FIELDS, ""), **known, "verdict": verdict, **environment()}
+    return {**dict.fromkeys(FIELDS, ""), **known, "verdict": verdict}
 
 
 def quiet() -> None:
@@ -206,7 +194,7 @@ def run(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(wanted), last="")
         for row in examine_all(wanted, jobs, timeout):
-            _append(row, record)
+            recording.record([row], record)
             said = f"{row['library']}/{row['model']}: {row['verdict']}"
             progress.update(task, advance=1, last=said[:100])
             if row["verdict"].startswith("FAILED"):
@@ -215,21 +203,12 @@ def run(
     raise typer.Exit(1 if bad else 0)
 
 
-def _append(row: Row, record: Path) -> None:
-    new = not record.exists()
-    with record.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 @app.command()
 def one(name: str) -> None:
     """Examine one model and print what is found."""
     console = Console()
     for specimen in select([name]):
-        for key, value in examined(specimen).items():
+        for key, value in {**examined(specimen), **environment()}.items():
             console.print(f"{key:>16}  {value}")
 
 

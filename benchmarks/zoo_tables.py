@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-Row = dict[str, Any]
+from benchmarks.recording import Row
+
 CONVERTED = ("verified", "verified in part")
 
 

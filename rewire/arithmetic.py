@@ -171,7 +171,9 @@ class Coupled:
 def _in_floats(
     newest: Tensor, older: Tensor, branch: Tensor, trunk: Tensor | None, k: Coefficients
 ) -> Tensor:
-    if trunk is not None and k.a is k.c:  # as the network was: c (F + T), without x - x
+    if trunk is not None and (
+        k.a is k.c or _same(k.a, k.c)
+    ):  # as the network was: c (F + T), without x - x
         branch, k = branch + trunk, k._replace(a=0.0)
     elif trunk is not None:
         branch = branch + (trunk - newest)
@@ -250,6 +252,10 @@ def _size(b: Weight) -> Any:
 
 def _is(weight: Weight, value: float) -> bool:
     return not isinstance(weight, Tensor) and weight == value
+
+
+def _same(weight: Weight, other: Weight) -> bool:
+    return not isinstance(other, Tensor) and _is(weight, other)
 
 
 def _grown(total: Tensor, stream: Tensor) -> Tensor:

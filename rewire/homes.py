@@ -339,6 +339,10 @@ def run_home(home: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         with hidden_chains(home):
             return original_class(type(home)).forward(home, *args, **kwargs)
     leaves, spec = flatten((args, kwargs))
+    for leaf in leaves:
+        if isinstance(leaf, fx.Proxy):  # somebody traces what is around: homes are leaves
+            tracer: Any = leaf.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(home), args, kwargs)
     programs = partial(state.program, home, (args, kwargs), leaves, spec)
     program = programs()
     known: dict[str, Any] = {}
@@ -403,12 +407,6 @@ class RewiredHome:
         """The original's forward in two-stream form."""
         if not is_home(self):  # made anew by this class, e.g. by its `from_pretrained`
             return original_class(type(self)).forward(self, *args, **kwargs)
-        proxy = next(
-            (leaf for leaf in flatten((args, kwargs))[0] if isinstance(leaf, fx.Proxy)), None
-        )
-        if proxy is not None:  # somebody traces what is around: homes are leaves
-            tracer: Any = proxy.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         if torch.compiler.is_compiling():
             return torch.compiler.disable(run_home)(self, args, kwargs)  # type: ignore[no-untyped-call]
         return run_home(self, args, kwargs)  # type: ignore[arg-type]

@@ -71,7 +71,6 @@ class Piece:
     ) -> None:
         self.trace = trace
         self.residual = residual
-        self.head_norm: fx.Node | None = None
         self.sum = trace.adds[residual.add]
         if residual.block:
             self.entry, self.sum = self._find_block()
@@ -79,9 +78,9 @@ class Piece:
             self.adds: list[fx.Node] = []
         else:
             self.skip, self.adds, self.terms = self._take_sum()
-            self.entry = self._find_entry({piece.sum for piece in before})
-            if residual.head_norm:
-                self.entry = self.head_norm = self._find_head_norm()
+            sums = {piece.sum for piece in before}
+            self.entry = self._find_head_norm() if residual.head_norm else self._find_entry(sums)
+        self.head_norm = self.entry if residual.head_norm else None
         self.region = self._find_region()
         self._check(before, homes)
         self._check_entry(before, homes)

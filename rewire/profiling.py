@@ -10,8 +10,8 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Self
 
@@ -236,16 +236,18 @@ def floating_tensors(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def saved_inside(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
-    """Count the bytes that autograd keeps for backward while one of `modules` runs.
+def saved_inside(running: Sequence[str]) -> Iterator[dict[str, int]]:
+    """Count the bytes that autograd keeps for backward while something runs.
 
-    What saved-tensor hooks inside them take (a reversible chain's, checkpoint's) does not
+    What saved-tensor hooks inside it take (a reversible chain's, checkpoint's) does not
     count: autograd hands a tensor to the innermost hooks only.
 
+    Args:
+        running: Names of what runs just now, the innermost last; nothing: not counted.
+
     Yields:
-        Bytes by name of the module, filled while forward runs; nothing kept, no entry.
+        Bytes by name, filled while forward runs; nothing kept, no entry.
     """
-    running: list[str] = []
     kept: dict[str, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -253,13 +255,7 @@ def saved_inside(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
             kept[running[-1]] = kept.get(running[-1], 0) + tensor.nbytes
         return tensor
 
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            enter = module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
-            leave = module.register_forward_hook(lambda *_: running.pop() and None)
-            stack.callback(enter.remove)
-            stack.callback(leave.remove)
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield kept
 
 

@@ -148,10 +148,15 @@ def _plan_inside(rev: nn.Module) -> Plan:
     chains = []
     for course, places in modules.items():
         members = tuple(places[site] for site in sorted(places))
-        first = next(iter(members))
-        chain = Chain(first.home, members, trunk=trunks[course], precision=course.precision)
-        coupling = course.coupling
-        chains.append(replace(chain, coupling=str(coupling), bits=coupling.bits))
+        chain = Chain(
+            name=members[0].home,
+            modules=members,
+            trunk=trunks[course],
+            coupling=str(course.coupling),
+            precision=course.precision,
+            bits=course.coupling.bits,
+        )
+        chains.append(chain)
     parameters = sum(parameter.numel() for parameter in rev.parameters())
     return Plan(type(rev).__qualname__, chains, [], "", parameters)
 

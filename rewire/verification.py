@@ -28,8 +28,8 @@ from rewire.inputs import Example, example_for
 from rewire.isolation import isolated, training_mode
 from rewire.profiling import floating_tensors, profile, saved_inside
 from rewire.replay import Holdings, RngStates, all_rng_states, replayed_generators
-from rewire.reversible import ReversibleSequential, exact, kept_grids, store_activations
-from rewire.tape import watch_repeats
+from rewire.reversible import exact, kept_grids, store_activations
+from rewire.tape import watch_branches, watch_repeats
 
 # Largest relative error of a gradient. In float64 rounding reaches 1e-13 in the deepest
 # nets, in float32 1e-5 in transformers of 96 modules and 1e-3 in rare ReLU nets; a planted
@@ -233,7 +233,7 @@ def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _other_batch_check(model: nn.Module, example: Example, original: nn.Module) -> Check:
     limit = _gradient_limit(model)
-    batch, larger = _one_more(example)
+    batch, larger = one_more(example)
     name, sizes = "other batch size", f"{batch + 1} instead of {batch}"
     try:
         run, twin = _pair(model, larger, training=False)
@@ -257,10 +257,11 @@ def _refuses(original: nn.Module, example: Example) -> bool:
 
 
 def _memory_checks(rev: nn.Module, example: Example, original: nn.Module) -> Iterator[Check]:
-    branches, (fresh, _) = _branches(rev), _fresh(example)
-    with isolated(rev), torch.enable_grad(), saved_inside(branches) as kept:
+    fresh, _ = _fresh(example)
+    observed = watch_branches()
+    with isolated(rev), torch.enable_grad(), observed as running, saved_inside(running) as kept:
         rev(*fresh.args, **fresh.kwargs)
-    where = f"first {next(iter(kept))}" if kept else f"in {len(branches)} modules of branches"
+    where = f"first {next(iter(kept))}" if kept else "in branches"
     yield Check("activations dropped", sum(kept.values()), 0, "bytes", where)
     with training_mode(rev, True), training_mode(original, True):
         ours, plain = (profile(m, *example.args, **example.kwargs) for m in (rev, original))
@@ -366,18 +367,6 @@ def _loss(output: Any) -> Tensor:
     return loss
 
 
-def _branches(rev: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the branches of all chains call, by name."""
-    plan = rewriting.plan_of(rev).modules if rewriting.is_rewired(rev) else []
-    names = [f"{residual.home}.{name}" for residual in plan for name in residual.branch]
-    for prefix, module in rev.named_modules():
-        if isinstance(module, ReversibleSequential):
-            names += [f"{prefix}.{name}" for name, _ in module.named_children()]
-    found = ((name, rev.get_submodule(name)) for name in (name.strip(".") for name in names))
-    # One without parameters (a ReLU) may also serve outside, where its activation is kept.
-    return {n: m for n, m in found if next(m.parameters(), None) is not None}
-
-
 def _gradient_check(
     name: str, found: Mapping[str, Tensor | None], wanted: Mapping[str, Tensor | None], limit: float
 ) -> Check:
@@ -412,7 +401,7 @@ def _gradient_limit(model: nn.Module) -> float:
     return max((_GRADIENT_LIMITS.get(dtype, 5e-2) for dtype in dtypes), default=1e-3)
 
 
-def _one_more(example: Example) -> tuple[int, Example]:
+def one_more(example: Example) -> tuple[int, Example]:
     """The batch size, and the example with its first sample appended once more."""
     leaves = tree_leaves((example.args, dict(example.kwargs)))
     batch = next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()), 0)

@@ -7,27 +7,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rewire
+from benchmarks.examination import AsOriginal
 from rewire.profiling import LiveBytes, no_collection
 from tests.specimens import DIM, mlp, rows
-
-
-@dataclass(frozen=True)
-class Original(rewire.Coupling):
-    """x_{i+1} = x_i + F_i(x_i)."""
-
-    name: ClassVar[str] = "original"
-
-    def coefficients(self, x: Tensor, training: bool) -> rewire.Coefficients:
-        return rewire.Coefficients(1.0, 0.0, 1.0)
-
 
 Body = Callable[["Block", Tensor], Tensor]
 
@@ -138,7 +127,7 @@ def rewired(body: Body, example: Tensor) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     model = nn.Sequential(*(Block(body) for _ in range(3))).double()
     try:
-        return model, rewire.make_reversible(model, example, coupling=Original(), check="raise")
+        return model, rewire.make_reversible(model, example, coupling=AsOriginal(), check="raise")
     except rewire.NothingToRewire:
         return model, model  # left alone is right, too
 
@@ -195,7 +184,7 @@ def test_a_result_built_otherwise_is_refused() -> None:
     model = nn.Sequential(*(Block(body) for _ in range(2))).double()
     for block in model:
         block.parts = Parts()
-    rev = rewire.make_reversible(model, rows(), coupling=Original())
+    rev = rewire.make_reversible(model, rows(), coupling=AsOriginal())
     torch.testing.assert_close(rev(rows()[:2]).shape, (2, 6, DIM))
     with pytest.raises(rewire.CannotTrace, match="built otherwise"):
         rev(torch.randn(2, 4, DIM, dtype=torch.float64))
@@ -215,7 +204,7 @@ def test_a_child_handed_to_another() -> None:
     model = nn.Sequential(*(Block(body) for _ in range(2))).double()
     for block in model:
         block.mix = Mix()
-    rev = rewire.make_reversible(model, rows(), coupling=Original(), check="raise")
+    rev = rewire.make_reversible(model, rows(), coupling=AsOriginal(), check="raise")
     x = rows()
     for _ in range(2):
         for a, b in zip(outputs(rev, x), outputs(model, x), strict=True):
@@ -239,7 +228,7 @@ def test_a_home_that_hands_itself_to_a_child() -> None:
     model = nn.Sequential(*(Block(body) for _ in range(2))).double()
     for block in model:
         block.reading, block.scale = Reading(), 0.5
-    rev = rewire.make_reversible(model, rows(), coupling=Original(), check="raise")
+    rev = rewire.make_reversible(model, rows(), coupling=AsOriginal(), check="raise")
     x = rows()
     for a, b in zip(outputs(rev, x), outputs(model, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)

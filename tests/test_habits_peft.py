@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import rewire
+from benchmarks.examination import AsOriginal
 from rewire.rewriting import is_rewired
 from rewire.tape import watch_repeats
 from tests.exactness import as_found, assert_same_bits
-from tests.test_as_the_original import Original
 from tests.test_habits_timm import assert_close, assert_exact, stepping
 from tests.test_habits_transformers import in_float64, inputs, loss_of, made, rewired
 
@@ -64,7 +64,7 @@ def test_gradients_of_adapters(name: str, order: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_under_the_originals_coupling(order: str) -> None:
     model = adapted("llama", made("llama"))
-    rev = both("llama", order, coupling=Original())
+    rev = both("llama", order, coupling=AsOriginal())
     assert list(rev.state_dict()) == list(model.state_dict())
     rev.load_state_dict(model.state_dict())
     batch = in_float64(inputs("llama"))

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rewire
+from benchmarks.examination import AsOriginal
 from rewire.rewriting import is_rewired, plan_of
 from rewire.structure import tensors_of
 from tests.exactness import as_found, assert_as_stored, assert_same_bits, courses, some
 from tests.specimens import mlp, rows
-from tests.test_as_the_original import Original
 
 Call = Callable[[Any], Any]
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
@@ -97,7 +97,7 @@ def assert_close(rev: nn.Module, model: nn.Module, call: Call) -> None:
 def assert_as_original(model: nn.Module, call: Callable[[Any, Tensor], Any]) -> None:
     """Rewired under (1, 0, 1), in float64, a model does what it did."""
     model, x = model.double(), X.double()
-    rev = rewire.make_reversible(model, x, coupling=Original(), check="raise")
+    rev = rewire.make_reversible(model, x, coupling=AsOriginal(), check="raise")
     assert_close(rev, model, lambda m: call(m, x))
 
 

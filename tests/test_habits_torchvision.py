@@ -17,10 +17,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import misc
 
 import rewire
+from benchmarks.examination import AsOriginal
 from rewire.rewriting import plan_of
 from tests.exactness import assert_as_stored, assert_same_bits
 from tests.networks import perceptron, rows
-from tests.test_as_the_original import Original
 from tests.test_habits_timm import assert_close, assert_exact, stepping
 
 NODES = {
@@ -70,7 +70,7 @@ def test_a_feature_extractor_rewired(name: str) -> None:
     """Right in both modes, or declined for a reason. Its train() and eval() compile it anew."""
     model, x = create_feature_extractor(made(name), NODES[name]), X[name].double()
     rewiring = functools.partial(rewire.make_reversible, model.double(), x, check="raise")
-    rev = unless_declined(lambda: rewiring(coupling=Original()), "compile")
+    rev = unless_declined(lambda: rewiring(coupling=AsOriginal()), "compile")
     for training in (False, True) if rev is not None else ():
         model.train(training)
         rev.train(training)
@@ -134,7 +134,7 @@ def test_results_by_name(kind: Any) -> None:
     """torchvision's backbones and segmentation models return an OrderedDict."""
     torch.manual_seed(0)
     model, x = Stages(kind).double(), rows().double()
-    rev = rewire.make_reversible(model, x, coupling=Original(), check="raise")
+    rev = rewire.make_reversible(model, x, coupling=AsOriginal(), check="raise")
     assert type(rev(x)) is kind
     assert_close(rev, model, lambda m: m(x))
 
@@ -201,7 +201,7 @@ def test_a_detectors_losses_are_the_originals() -> None:
     images = [image.double() for image in images]
     targets = [{**row, "boxes": row["boxes"].double()} for row in targets]
     model = small("fasterrcnn").double()
-    rev = rewire.make_reversible(model, (images, targets), coupling=Original(), check="raise")
+    rev = rewire.make_reversible(model, (images, targets), coupling=AsOriginal(), check="raise")
     assert_close(rev, model, lambda m: m(images, targets))
 
 

@@ -13,10 +13,10 @@ import transformers
 from torch import Tensor, nn
 
 import rewire
+from benchmarks.examination import AsOriginal
 from rewire.rewriting import is_rewired
 from rewire.tape import watch_repeats
 from tests.exactness import as_found, assert_as_stored, assert_same_bits, some
-from tests.test_as_the_original import Original
 from tests.test_habits_timm import assert_close, assert_exact, stepping
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -158,7 +158,7 @@ def test_everything_that_can_be_asked_for(name: str, asked: str) -> None:
     batch = inputs(name)
     assert_exact(rewired(name), lambda m: m(**batch, **{asked: True}))
     model, batch = made(name).double(), in_float64(batch)
-    rev = rewired(name, model, coupling=Original())
+    rev = rewired(name, model, coupling=AsOriginal())
     found, expected = (m(**batch, **{asked: True}) for m in (rev, model))
     assert list(found) == list(expected)
     assert any(key.endswith(asked.removeprefix("output_")) for key in found)
@@ -175,7 +175,7 @@ def test_generate(name: str) -> None:
     found = rev.generate(**batch, **settings)
     assert found.shape[1] >= 7
     assert torch.equal(found, rev.generate(**batch, **settings, use_cache=False))
-    same = rewired(name, model, coupling=Original())
+    same = rewired(name, model, coupling=AsOriginal())
     for beams in (1, 2):
         found, expected = (m.generate(**batch, **settings, num_beams=beams) for m in (same, model))
         assert torch.equal(found, expected)

@@ -13,8 +13,8 @@ from torch.ao import quantization
 from torch.nn.utils import parametrizations
 
 import rewire
+from benchmarks.examination import AsOriginal
 from tests.specimens import DIM, Loop, mlp, rows
-from tests.test_as_the_original import Original
 
 
 def lengths(model: nn.Module, x: Any) -> list[int]:
@@ -351,6 +351,6 @@ def test_a_chain_that_is_cut_before_a_norm_starts_behind_it() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Level(), Loop(HeadNormAct, 2)).double()
     assert sorted(lengths(model, flat())) == [2, 4]
-    rev = rewire.make_reversible(model, flat(), coupling=Original(), precision="float64")
+    rev = rewire.make_reversible(model, flat(), coupling=AsOriginal(), precision="float64")
     x = flat()
     assert torch.allclose(rev.eval()(x), model.eval()(x), rtol=0, atol=1e-9)

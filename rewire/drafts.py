@@ -127,8 +127,7 @@ def cut_off(chain: list[Draft]) -> list[Draft]:
         start(first)
         first.kind = first.kind or "fork"
         first.cut = first.cut or "the chain of the sum before it goes another way"
-    if chain[-1].residual.tail:
-        chain[-1].residual = replace(chain[-1].residual, tail=False)
+    chain[-1].residual = replace(chain[-1].residual, tail=False, leads=False)
     return chain
 
 

@@ -139,7 +139,7 @@ def _traceable(
     while True:
         blocks = apart if granularity == "block" else None
         chains, left = draft_chains(watched, found, keep, trunk, blocks)
-        failures = _failures(model, watched, chains)
+        failures = _outermost(_failures(model, watched, chains))
         if not failures:
             return chains, left
         whole = {r.home for chain in chains for r in chain if r.block}
@@ -235,6 +235,12 @@ def _failures(model: nn.Module, watched: Watched, chains: Sequence[Chain]) -> di
         except CannotTrace as error:
             failures[home] = f"{home or 'the model'}: {error}"
     return failures
+
+
+def _outermost(failures: Mapping[str, str]) -> dict[str, str]:
+    """Those of failing homes that are in no other: without these the others may do."""
+    inside = {name for home in failures for name in inner_homes(home, failures)}
+    return {home: why for home, why in failures.items() if home not in inside}
 
 
 def _check_traceable(trace: Callable[..., Program]) -> None:

@@ -38,11 +38,16 @@ class Container:
     items: tuple[Spec, ...]
 
 
-def flatten(value: Any) -> tuple[list[Any], Spec]:
-    """Leaves of `value`, in order, and the description of the rest."""
+def flatten(value: Any, *, made: bool = False) -> tuple[list[Any], Spec]:
+    """Leaves of `value`, in order, and the description of the rest.
+
+    Args:
+        value: What is taken apart.
+        made: It was made just now, as the result of a call: a dataclass that can be changed is
+            taken apart too. Of an argument somebody else may hold the very object.
+    """
     leaves: list[Any] = []
-    seen: dict[int, Leaf] = {}
-    return leaves, _flatten(value, leaves, seen)
+    return leaves, _flatten(value, leaves, {}, made)
 
 
 def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
@@ -66,7 +71,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     return unflatten(spec, [function(leaf) for leaf in leaves])
 
 
-def _flatten(value: Any, leaves: list[Any], seen: dict[int, Leaf]) -> Spec:
+def _flatten(value: Any, leaves: list[Any], seen: dict[int, Leaf], made: bool) -> Spec:
     if isinstance(value, Tensor):
         leaf = seen.get(id(value))
         if leaf is None:
@@ -76,10 +81,10 @@ def _flatten(value: Any, leaves: list[Any], seen: dict[int, Leaf]) -> Spec:
         return value
     kind = type(value)
     if kind in (tuple, list, torch.Size) or (isinstance(value, tuple) and hasattr(kind, "_fields")):
-        return Container(kind, (), tuple(_flatten(item, leaves, seen) for item in value))
-    if kind in (dict, OrderedDict) or _is_record(value):
+        return Container(kind, (), tuple(_flatten(item, leaves, seen, made) for item in value))
+    if kind in (dict, OrderedDict) or _is_record(value, made):
         fields = value if kind in (dict, OrderedDict) else _fields(value)
-        items = tuple(_flatten(item, leaves, seen) for item in fields.values())
+        items = tuple(_flatten(item, leaves, seen, made) for item in fields.values())
         return Container(kind, tuple(fields), items)
     if isinstance(value, (int, float)):
         return _leaf(value, "number", leaves)
@@ -91,11 +96,19 @@ def _leaf(value: Any, kind: str, leaves: list[Any]) -> Leaf:
     return Leaf(len(leaves) - 1, kind)
 
 
-def _is_record(value: Any) -> bool:
+def _is_record(value: Any, made: bool) -> bool:
     """Whether `value` is a dataclass instance that its fields describe fully (ModelOutput)."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return False
-    return isinstance(value, dict) or bool(vars(type(value))["__dataclass_params__"].frozen)
+    if isinstance(value, dict) or _is_frozen(type(value)):
+        return True
+    fields = dataclasses.fields(value)
+    whole = all(field.init for field in fields) and not hasattr(value, "__post_init__")
+    return made and whole and {field.name for field in fields} >= {*getattr(value, "__dict__", {})}
+
+
+def _is_frozen(cls: Any) -> bool:
+    return bool(cls.__dataclass_params__.frozen)
 
 
 def _fields(value: Any) -> dict[str, Any]:

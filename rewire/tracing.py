@@ -147,13 +147,17 @@ class _Tracer(fx.proxy.TracerBase):
             node = self.graph.placeholder(f"input_{number}")
             trace.hints[node] = leaf
             trace.inputs.append(node)
-        args, kwargs = unflatten(spec, [HintProxy(node, self) for node in trace.inputs])
+        given = [HintProxy(node, self) for node in trace.inputs]
+        args, kwargs = unflatten(spec, given)
         drawn = _python_random_states()
         attributes = {id(m): snapshot(m) for m in self._inlined_modules()}
         result = forward(self.home, *args, **kwargs)
         with self.plainly():
-            self._refuse_side_effects(spec, (args, kwargs), drawn, attributes)
-            outputs, trace.result = flatten(result)
+            self._refuse_side_effects(drawn, attributes)
+            now, found = flatten((args, kwargs))
+            if found != spec or not self._same_values(given, now):
+                raise CannotTrace("its forward changes a list or dict among its arguments")
+            outputs, trace.result = flatten(result, made=True)
             _refuse_proxies(trace.result)
             trace.outputs = [self.create_arg(output) for output in outputs]
             trace.adds = [node for node in self.graph.nodes if self._is_addition(node)]
@@ -166,18 +170,19 @@ class _Tracer(fx.proxy.TracerBase):
     def _inlined_modules(self) -> list[nn.Module]:
         return [module for module in self.home.modules() if id(module) in self._inlined]
 
-    def _refuse_side_effects(
-        self, spec: Spec, arguments: Any, drawn: Any, attributes: dict[int, Snapshot]
-    ) -> None:
+    def _refuse_side_effects(self, drawn: Any, attributes: dict[int, Snapshot]) -> None:
         """What the code did besides calling torch would be lost: refuse it."""
         if _python_random_states() != drawn:
             raise CannotTrace("its forward draws random numbers in Python")
-        if flatten(arguments)[1] != spec:
-            raise CannotTrace("its forward changes a list or dict among its arguments")
         for module in self._inlined_modules():
             changed = changed_attribute(module, attributes[id(module)])
             if changed is not None:
                 raise CannotTrace(f"its forward changes the attribute {changed!r}")
+
+    def _same_values(self, given: Sequence[HintProxy], now: Sequence[Any]) -> bool:
+        """Whether each leaf is the object that it was, be it changed in place."""
+        hints, pairs = self.trace.hints, zip(given, now, strict=True)
+        return all(type(b) is HintProxy and hints[a.node] is hints[b.node] for a, b in pairs)
 
     def _is_addition(self, node: fx.Node) -> bool:
         function = node.op == "call_function" and node.target in _ADD_FUNCTIONS
@@ -232,7 +237,7 @@ class _Tracer(fx.proxy.TracerBase):
         args = _thawed(fx.node.map_arg(node.args, hints.__getitem__))
         kwargs = _thawed(fx.node.map_arg(node.kwargs, hints.__getitem__))
         if node.op == "call_module":
-            return self.home.get_submodule(str(node.target))(*args, **kwargs)
+            return _called(self.home, str(node.target), args, kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -250,7 +255,7 @@ class _Tracer(fx.proxy.TracerBase):
         """A result as the code sees it: real containers, with proxies for the leaves."""
         if hint is None or (not top and isinstance(hint, (bool, str))):
             return hint
-        spec = flatten(hint)[1] if type(hint) is not torch.Size else None
+        spec = flatten(hint, made=True)[1] if type(hint) is not torch.Size else None
         if not isinstance(spec, Container) or _is_structseq(hint):
             return HintProxy(node, self)
         if top:
@@ -486,7 +491,8 @@ def _check_of(spec: Container, name: str) -> Callable[[Any], Any]:
     """
 
     def as_traced(result: Any) -> Any:
-        leaves, found = flatten(tuple(result) if isinstance(result, torch.Size) else result)
+        plain = tuple(result) if isinstance(result, torch.Size) else result
+        leaves, found = flatten(plain, made=True)
         fake = any(isinstance(leaf, FakeTensor) for leaf in leaves)  # kernels' fakes give too much
         if found != spec and not fake:
             raise CannotTrace(
@@ -497,6 +503,16 @@ def _check_of(spec: Container, name: str) -> Callable[[Any], Any]:
         return result
 
     return as_traced
+
+
+def _called(home: nn.Module, name: str, args: Any, kwargs: Any) -> Any:
+    """What a child gives. What it writes into a list or dict would be lost: its own is a copy."""
+    before, spec = flatten((args, kwargs))
+    result = home.get_submodule(name)(*args, **kwargs)
+    after, found = flatten((args, kwargs))
+    if found != spec or any(a is not b for a, b in zip(before, after, strict=True)):
+        raise CannotTrace(f"{name} changes a list or dict that it is handed")
+    return result
 
 
 def _python_random_states() -> tuple[Any, bytes]:

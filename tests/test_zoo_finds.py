@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -354,3 +355,159 @@ def test_a_chain_that_is_cut_before_a_norm_starts_behind_it() -> None:
     rev = rewire.make_reversible(model, flat(), coupling=AsOriginal(), precision="float64")
     x = flat()
     assert torch.allclose(rev.eval()(x), model.eval()(x), rtol=0, atol=1e-9)
+
+
+@dataclass
+class Seen:
+    """What a child gives beside its output; its caller may write into it."""
+
+    values: Tensor
+    kind: str | None = None
+
+
+class Noted(nn.Module):
+    """Its branch gives a dataclass, into which the module's own code writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Telling()
+
+    def forward(self, x: Tensor, heard: list[Seen]) -> tuple[Tensor, list[Seen]]:
+        branch, seen = self.f(x)
+        seen.kind = "self"
+        return x + branch, [*heard, seen]
+
+
+class Telling(nn.Module):
+    """A branch with a dataclass of what came up in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Seen]:
+        branch = self.f(x)
+        return branch, Seen(branch.tanh())
+
+
+class AllNoted(nn.Module):
+    """Collects what its modules note."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Noted() for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Seen]]:
+        heard: list[Seen] = []
+        for block in self.blocks:
+            x, heard = block(x, heard)
+        return x, heard
+
+
+def test_a_dataclass_that_a_branch_gives_may_be_written_into() -> None:
+    model, x = AllNoted().double(), rows()
+    assert lengths(model, x) == [3]
+    rev = rewire.make_reversible(model, x, coupling=AsOriginal(), precision="float64")
+    (ours, heard), (wanted, all_noted) = rev(x), model(x)
+    assert torch.allclose(ours, wanted, rtol=0, atol=1e-9)
+    assert [seen.kind for seen in heard] == ["self"] * 3
+    for seen, other in zip(heard, all_noted, strict=True):
+        assert torch.allclose(seen.values, other.values, rtol=0, atol=1e-9)
+    proven(model, x)
+
+
+class Scribe(nn.Module):
+    """Changes a value of a dict among its arguments, itself or by a child."""
+
+    def __init__(self, by_child: bool) -> None:
+        super().__init__()
+        self.f, self.count, self.by_child = mlp(), Counting(), by_child
+
+    def forward(self, x: Tensor, state: dict[str, Tensor]) -> Tensor:
+        if self.by_child:
+            self.count(state)
+        else:
+            state["steps"] = state["steps"] + 1
+        return x + self.f(x)
+
+
+class Counting(nn.Module):
+    """Counts in a dict that it is handed."""
+
+    def forward(self, state: dict[str, Tensor]) -> None:
+        state["steps"] = state["steps"] + 1
+
+
+class Counted(nn.Module):
+    """Its modules hand a dict on."""
+
+    def __init__(self, by_child: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Scribe(by_child) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        state = {"steps": x.new_zeros(1)}
+        for block in self.blocks:
+            x = block(x, state)
+        return x, state["steps"]
+
+
+@pytest.mark.parametrize(
+    ("by_child", "reason"),
+    [(False, "changes a list or dict among its arguments"), (True, "count changes a list or dict")],
+)
+def test_a_dict_that_is_written_into_is_a_reason(by_child: bool, reason: str) -> None:
+    """It was lost, silently: a rewired home's containers are made anew."""
+    with pytest.raises(rewire.NothingToRewire, match=reason):
+        rewire.make_reversible(Counted(by_child), rows().float())
+
+
+class Sums(nn.Module):
+    """x + F(x) with an activation behind it: torchvision's blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.f(x))
+
+
+class Decoded(nn.Module):
+    """A skip from the encoder's end over a deeper level, added by a decoder that is a leaf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Levels(), Summing()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+class Levels(nn.Module):
+    """Gives what each level is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.high, self.low = nn.Sequential(Sums(), Sums(), Sums()), nn.Sequential(Sums(), Sums())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        high = self.high(x)
+        return [high, self.low(high.cos())]
+
+
+class Summing(nn.Module):
+    """Adds the levels up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(DIM, DIM)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        return levels[0] + self.up(levels[1])
+
+
+def test_a_skip_over_leaves_that_cannot_be_one_spoils_no_chain_before_it() -> None:
+    model = Decoded().double()
+    assert lengths(model, rows()) == [3, 2]
+    proven(model, rows())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from rewire.blocks import as_one, blocks
@@ -22,6 +22,7 @@ def draft_chains(
     keep: Callable[[Residual], Skipped | None],
     trunk: str,
     apart: Collection[str] | None,
+    lost: Mapping[tuple[str, bool], str],
 ) -> tuple[list[Chain], list[Skipped]]:
     """Chains of the residual adds that `keep` has nothing against, and the adds left alone.
 
@@ -31,6 +32,7 @@ def draft_chains(
         keep: Why a residual module is left alone, or None.
         trunk: As for `rewire.plan`.
         apart: Blocks that cannot be one residual module as a whole; None: none shall be.
+        lost: Links that do not hold, as for `rewire.trunks.link`.
     """
     skipped: list[Skipped] = []
     drafts: dict[int, Draft] = {}
@@ -41,7 +43,7 @@ def draft_chains(
         elif refusal not in skipped:
             skipped.append(refusal)
     for draft in drafts.values():
-        link(watched, draft, drafts, trunk)
+        link(watched, draft, drafts, trunk, lost)
     chains = _distinct(_longest(list(drafts.values())))
     chains = separate(watched, chains, skipped)
     plan = []

@@ -14,6 +14,19 @@ class CannotTrace(RewireError):
     """A model, or the module that owns a residual add, could not be followed."""
 
 
+class CannotLink(CannotTrace):
+    """A residual module's own code can be cut, but not as a part of the chain it was drafted into.
+
+    Attributes:
+        link: Name of the residual module, and whether it is the way on from it that fails, or
+            the way to it.
+    """
+
+    def __init__(self, said: str, name: str, *, onwards: bool) -> None:
+        super().__init__(said)
+        self.link = name, onwards
+
+
 class NothingToRewire(RewireError):
     """A model holds no chain of residual modules; the message names the nearest miss."""
 

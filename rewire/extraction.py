@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from rewire.errors import CannotTrace
+from rewire.errors import CannotLink, CannotTrace
 from rewire.pieces import BranchCode, Piece, compiled
 from rewire.plans import Residual
 from rewire.structure import Spec
@@ -331,9 +331,9 @@ def _check_exits(trace: Trace, pieces: list[Piece], homes: Collection[str]) -> N
             found = {only_operand(trace, n) for n in found if is_whole_view(trace, n)}
             found = {same_value(trace, node) for node in found}
         if not found:
-            raise CannotTrace(
-                f"something stands between the sum of {piece.residual.name} and the home's result"
-            )
+            name = piece.residual.name
+            said = f"something stands between the sum of {name} and the home's result"
+            raise CannotLink(said, name, onwards=True)
 
 
 def _check_questions(trace: Trace, pieces: list[Piece]) -> None:

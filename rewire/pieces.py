@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rewire.errors import CannotTrace
+from rewire.errors import CannotLink, CannotTrace
 from rewire.plans import Residual
 from rewire.traces import (
     Trace,
@@ -188,7 +188,8 @@ class Piece:
         child = source.op == "call_module" and str(source.target) in homes
         outside = self.residual.entry == "outside" and (node.op == "placeholder" or child)
         if not outside and node not in sums:
-            raise CannotTrace(f"{spelled(node)} stands on the trunk before {self.residual.name}")
+            said = f"{spelled(node)} stands on the trunk before {self.residual.name}"
+            raise CannotLink(said, self.residual.name, onwards=False)
 
     def _find_norm(self) -> fx.Node:
         """The call that normalises the sum, or a view of it, and alone reads it."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import nn
 from rewire.chaining import draft_chains
 from rewire.coupling import Coupling, coupling_from
 from rewire.drafts import name_residuals
-from rewire.errors import CannotTrace, RewireError
+from rewire.errors import CannotLink, CannotTrace, RewireError
 from rewire.extraction import Program, extract
 from rewire.inputs import as_example, example_for
 from rewire.isolation import own_surroundings, training_mode
@@ -123,28 +123,50 @@ def _traceable(
     """Chains whose homes can all be traced and cut, and the adds left alone.
 
     A home that cannot is left alone, and the chains are made anew without it; a block that
-    cannot be one residual module falls apart into its modules first.
+    cannot be one residual module falls apart into its modules first, and a link that does not
+    hold in the code cuts the chain.
     """
-    refused: dict[str, str] = {}
-    apart: set[str] = set()
+    obstacles = _Obstacles()
 
     def keep(residual: Residual) -> Skipped | None:
         if not globs.choose(residual):
             return Skipped(residual.name, residual.where, "excluded", "left out on request")
-        if residual.home in refused:
-            detail = refused[residual.home]
+        if detail := obstacles.homes.get(residual.home):
             return Skipped(residual.name, residual.where, "cannot trace", detail)
         return None
 
     while True:
-        blocks = apart if granularity == "block" else None
-        chains, left = draft_chains(watched, found, keep, trunk, blocks)
+        blocks = obstacles.blocks if granularity == "block" else None
+        chains, left = draft_chains(watched, found, keep, trunk, blocks, obstacles.links)
         failures = _outermost(_failures(model, watched, chains))
         if not failures:
             return chains, left
-        whole = {r.home for chain in chains for r in chain if r.block}
-        apart |= failures.keys() & whole
-        refused.update((home, why) for home, why in failures.items() if home not in whole)
+        obstacles.note(failures, {r.home for chain in chains for r in chain if r.block})
+
+
+@dataclass
+class _Obstacles:
+    """What the code of a model turned out not to allow.
+
+    Attributes:
+        homes: Why a home is left alone.
+        blocks: Those that cannot be one residual module as a whole.
+        links: Why a sum is not the skip of the next residual module, by `CannotLink.link`.
+    """
+
+    homes: dict[str, str] = field(default_factory=dict)
+    blocks: set[str] = field(default_factory=set)
+    links: dict[tuple[str, bool], str] = field(default_factory=dict)
+
+    def note(self, failures: Mapping[str, CannotTrace], whole: Collection[str]) -> None:
+        """Of a home that fails: the block that it is, the link that does not hold, or itself."""
+        for home, error in failures.items():
+            if home in whole:
+                self.blocks.add(home)
+            elif isinstance(error, CannotLink) and error.link not in self.links:
+                self.links[error.link] = str(error)
+            else:
+                self.homes[home] = f"{home or 'the model'}: {error}"
 
 
 # ---- globs -------------------------------------------------------------------------------
@@ -210,12 +232,14 @@ def trunk_of(chains: Sequence[Chain]) -> dict[str, str]:
     return {residual.home: chain.trunk for chain in chains for residual in chain}
 
 
-def _failures(model: nn.Module, watched: Watched, chains: Sequence[Chain]) -> dict[str, str]:
+def _failures(
+    model: nn.Module, watched: Watched, chains: Sequence[Chain]
+) -> dict[str, CannotTrace]:
     """Homes that cannot be traced and cut in eval or in train mode, with the reasons."""
     homes = modules_by_home(chains)
     trunks = trunk_of(chains)
     first_call = {call.name: call for call in reversed(watched.calls)}
-    failures: dict[str, str] = {}
+    failures: dict[str, CannotTrace] = {}
     for home, residuals in homes.items():
         module = model.get_submodule(home)
         try:
@@ -233,11 +257,11 @@ def _failures(model: nn.Module, watched: Watched, chains: Sequence[Chain]) -> di
                         )
                     )
         except CannotTrace as error:
-            failures[home] = f"{home or 'the model'}: {error}"
+            failures[home] = error
     return failures
 
 
-def _outermost(failures: Mapping[str, str]) -> dict[str, str]:
+def _outermost(failures: Mapping[str, CannotTrace]) -> dict[str, CannotTrace]:
     """Those of failing homes that are in no other: without these the others may do."""
     inside = {name for home in failures for name in inner_homes(home, failures)}
     return {home: why for home, why in failures.items() if home not in inside}

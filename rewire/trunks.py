@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rewire.drafts import Draft, start
@@ -11,8 +11,22 @@ from rewire.residuals import Found, trunk_kind
 from rewire.watching import Watched
 
 
-def link(watched: Watched, draft: Draft, drafts: dict[int, Draft], trunk: str) -> None:
-    """Decide whether a residual module goes on from the one whose sum is its skip."""
+def link(
+    watched: Watched,
+    draft: Draft,
+    drafts: dict[int, Draft],
+    trunk: str,
+    lost: Mapping[tuple[str, bool], str],
+) -> None:
+    """Decide whether a residual module goes on from the one whose sum is its skip.
+
+    Args:
+        watched: The run.
+        draft: The residual module.
+        drafts: All of them, by their adds.
+        trunk: As for `rewire.plan`.
+        lost: Why a link that looked right is none, by `CannotLink.link`.
+    """
     found = draft.found
     previous = drafts.get(found.previous.add) if found.previous else None
     if previous is None:
@@ -23,12 +37,15 @@ def link(watched: Watched, draft: Draft, drafts: dict[int, Draft], trunk: str) -
     head_norm = [] if norm else _norm_at_head(watched, found, previous.found)
     norm = norm or head_norm
     zones = _zones(watched, found, previous.found, norm)
+    same_home = previous.found.home == found.home
     obstacle = _obstacle(watched, found, zones)
+    reason = lost.get((draft.residual.name, False), "")
+    reason = reason or ("" if same_home else lost.get((previous.residual.name, True), ""))
+    obstacle = ("trunk", reason) if reason else obstacle
     if obstacle:
         draft.kind, draft.cut = obstacle
         start(draft)
         return
-    same_home = previous.found.home == found.home
     kinds = {kind for part in zones.values() for kind in part}
     head = "elementwise" in zones["head"] and not (trunk == "inside" and same_home)
     tail = "elementwise" in zones["tail"]

@@ -511,3 +511,37 @@ def test_a_skip_over_leaves_that_cannot_be_one_spoils_no_chain_before_it() -> No
     model = Decoded().double()
     assert lengths(model, rows()) == [3, 2]
     proven(model, rows())
+
+
+class Rows(nn.Module):
+    """[B, L, D] -> [B L, D] or back: a view, in a child's code."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, DIM) if x.dim() == 3 else x.reshape(-1, self.length, DIM)
+
+
+class Framed(nn.Module):
+    """Two residual modules between views that its children make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there, self.back = Rows(5), Rows(5)
+        self.f, self.g = mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.there(x)
+        x = x + self.f(x)
+        x = x + self.g(x)
+        return self.back(x)
+
+
+def test_a_link_that_does_not_hold_in_the_code_cuts_the_chain_there() -> None:
+    """The home was left alone for it, with all its modules."""
+    model = nn.Sequential(*(Framed() for _ in range(3))).double()
+    x = rows()[:, :5]
+    assert lengths(model, x) == [2, 2, 2]
+    proven(model, x)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import rewire
@@ -268,7 +269,12 @@ def _owners(model: nn.Module, owners: list[str]) -> Iterator[None]:
 
 
 def _plain_form(result: Examination, model: nn.Module, plan: rewire.Plan, example: Example) -> None:
-    """Bit for bit; where a sum has several terms, whose order is another, but for rounding."""
+    """Bit for bit; where not, the same but for rounding, or but for the order of random draws.
+
+    Rounding differs where a sum has several terms, which are added up in another order, and where
+    branch and skip lie otherwise in memory: a sum lies as its first term does, a stream as the
+    chain's input. Dropout draws in another order where two streams take turns in one home.
+    """
     runs = {
         "plain_eval": (example, False),
         "plain_train": (example, True),
@@ -278,14 +284,32 @@ def _plain_form(result: Examination, model: nn.Module, plan: rewire.Plan, exampl
     same = same_as(model, as_original(model, plan))
     for name, (given, training) in runs.items():
         result.check(name, same(given, training))
-    if result.faults and any(len(module.skip) > 1 for module in plan.modules):
-        wide = copy.deepcopy(model).double()
-        near = same_as(wide, as_original(wide, plan), ROUNDING)
-        for name in [name for name in runs if name in result.faults]:
-            given, training = runs[name]
-            if given is not None and near(_cast(given, torch.float64), training):
-                result.faults.remove(name)
-                result.numbers[name] = "rounding"
+    failed = [name for name in runs if name in result.faults]
+    if not failed:
+        return
+    wide = copy.deepcopy(model).double()
+    near = same_as(wide, as_original(wide, plan), ROUNDING)
+    for name in failed:
+        given, training = runs[name]
+        assert given is not None, "what is not there was not examined"
+        given = _cast(given, torch.float64)
+        if near(given, training):
+            why = "rounding"
+        else:
+            with _Undropped():
+                why = "order" if training and near(given, training) else ""
+        if why:
+            result.faults.remove(name)
+            result.numbers[name] = why
+
+
+class _Undropped(TorchFunctionMode):
+    """No dropout drops anything."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "dropout" in getattr(func, "__name__", ""):
+            return args[0] if args else (kwargs or {})["input"]
+        return func(*args, **(kwargs or {}))
 
 
 def as_original(model: nn.Module, plan: rewire.Plan) -> nn.Module:

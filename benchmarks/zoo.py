@@ -40,6 +40,8 @@ RECORD = RECORDS / "zoo.csv"
 FIELDS = ["library", "model", "family", *COLUMNS, "verdict"]
 _MEMORY = 9 * 2**30  # of one process; two of them, and their files in memory, fit into 24 GB
 _LARGE = (
+    "mvit_",
+    "swin3d_b",
     "vit_h_14",
     "vit_l_",
     "regnet_y_128gf",

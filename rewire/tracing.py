@@ -180,9 +180,11 @@ class _Tracer(fx.proxy.TracerBase):
                 raise CannotTrace(f"its forward changes the attribute {changed!r}")
 
     def _same_values(self, given: Sequence[HintProxy], now: Sequence[Any]) -> bool:
-        """Whether each leaf is the object that it was, be it changed in place."""
-        hints, pairs = self.trace.hints, zip(given, now, strict=True)
-        return all(type(b) is HintProxy and hints[a.node] is hints[b.node] for a, b in pairs)
+        """Whether each leaf is the object that it was, be it changed in place, or that number."""
+        hints = self.trace.hints
+        values = [hints[leaf.node] if type(leaf) is HintProxy else leaf for leaf in now]
+        pairs = zip((hints[leaf.node] for leaf in given), values, strict=True)
+        return all(a is b or (isinstance(a, (int, float)) and a == b) for a, b in pairs)
 
     def _is_addition(self, node: fx.Node) -> bool:
         function = node.op == "call_function" and node.target in _ADD_FUNCTIONS

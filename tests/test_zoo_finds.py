@@ -545,3 +545,31 @@ def test_a_link_that_does_not_hold_in_the_code_cuts_the_chain_there() -> None:
     x = rows()[:, :5]
     assert lengths(model, x) == [2, 2, 2]
     proven(model, x)
+
+
+class Sized(nn.Module):
+    """Is handed the sizes of its levels, as `torch.Size` in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+    def forward(self, x: Tensor, sizes: list[torch.Size]) -> Tensor:
+        return x + self.f(x) * sizes[0][-1]
+
+
+class AllSized(nn.Module):
+    """Hands sizes to its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Sized() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, [x.shape])
+        return x
+
+
+def test_sizes_in_a_list_are_not_changed_by_being_read() -> None:
+    assert lengths(AllSized().double(), rows()) == [3]

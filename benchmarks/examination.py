@@ -92,7 +92,7 @@ def examine(specimen: Specimen) -> Row:
     result.numbers["parameters"] = sum(p.numel() for p in model.parameters())
     example = _example(specimen, model)
     result.numbers["inputs"] = example.description
-    findings = find(model, example.args, example.kwargs)
+    findings = find(model, *_fresh(example))
     began = time.perf_counter()
     plan = rewire.plan(model, example)
     if plan.chains:
@@ -367,8 +367,13 @@ def _outcome(model: nn.Module, example: Example, training: bool) -> list[Tensor]
 
 
 def _call(model: nn.Module, example: Example) -> Any:
-    args, kwargs = tree_map(_copy, (example.args, example.kwargs))
+    args, kwargs = _fresh(example)
     return model(*args, **kwargs)
+
+
+def _fresh(example: Example) -> tuple[Any, Any]:
+    """Arguments that a model may write into: tensors, lists and dicts of its own."""
+    return tree_map(_copy, (example.args, dict(example.kwargs)))  # type: ignore[no-any-return]
 
 
 def _copy(leaf: Any) -> Any:

@@ -25,13 +25,19 @@ def markdown(rows: Sequence[Row]) -> str:
     )
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """What the README shows: totals, and why models with chains are not rewired at all."""
+    none = [row for row in rows if row["chains"] and not int(row["modules"] or 0)]
+    return f"{totals(rows)}\n\n{declined(none)}"
+
+
 def totals(rows: Sequence[Row]) -> str:
-    """One line for each library, and one for all."""
+    """One line for each library, and one for all; shares and seconds are medians."""
     by_library = _grouped(rows, lambda row: str(row["library"]))
     lines = [_total(name, own) for name, own in by_library.items()]
     return _table(
         "library | models | with chains | rewired | of these in part | verified | failed | "
-        "modules in chains | median s to rewire | slowest",
+        "modules in chains | share of bytes | s to rewire | slowest",
         [*lines, _total("**all**", rows)],
     )
 
@@ -40,6 +46,7 @@ def _total(name: str, rows: Sequence[Row]) -> list[Any]:
     chained = [row for row in rows if row["chains"] or row["planned"]]
     rewired = [row for row in rows if int(row["modules"] or 0)]
     seconds = [float(row["convert_seconds"]) for row in rewired] or [0.0]
+    shares = [float(row["share"]) for row in rewired if row["share"]] or [0.0]
     return [
         name,
         len(rows),
@@ -49,6 +56,7 @@ def _total(name: str, rows: Sequence[Row]) -> list[Any]:
         sum(row["verdict"] in CONVERTED for row in rows),
         sum(row["verdict"].startswith("FAILED") for row in rows),
         f"{sum(int(row['modules']) for row in rewired)} of {sum(map(_possible, rewired))}",
+        f"{statistics.median(shares):.0%}",
         f"{statistics.median(seconds):.1f}",
         f"{max(seconds):.1f}",
     ]

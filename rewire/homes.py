@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from rewire.errors import CannotTrace, StreamMismatch
+from rewire.errors import CannotTrace, RewireError, StreamMismatch
 from rewire.extraction import Program
 from rewire.links import Course, attach, find
 from rewire.pieces import BranchCode
@@ -335,6 +335,11 @@ class HomeRun:
 def run_home(home: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a rewired home."""
     state: HomeState = home.__dict__["_rewire"]
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise RewireError(
+            f"{type(home).__qualname__} is rewired, and torch.jit.trace cannot follow its streams. "
+            "Use torch.export.export, or trace `rewire.rewriting.restored(model)`."
+        )
     if _plain.active:
         with hidden_chains(home):
             return original_class(type(home)).forward(home, *args, **kwargs)

@@ -99,3 +99,18 @@ def test_inductor() -> None:
     rev, x, expected = rewired()
     compiled = torch.compile(rev)
     assert distance(gradients(compiled, rev, x), expected) < 1e-10
+
+
+def test_an_exported_model_computes_the_same_at_another_batch_size() -> None:
+    rev = rewire.make_reversible(Loop(Block, 3).double(), rows()).eval()
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    with torch.no_grad():
+        exported = torch.export.export(rev, (rows(),), dynamic_shapes=shapes).module()
+        more = torch.cat([rows(), rows()])
+        assert torch.equal(exported(more), rev(more))
+
+
+def test_a_jit_trace_is_refused_in_words() -> None:
+    rev = rewire.make_reversible(Loop(Block, 3).double(), rows()).eval()
+    with pytest.raises(rewire.RewireError, match=r"Use torch\.export"):
+        torch.jit.trace(rev, rows())

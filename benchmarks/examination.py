@@ -168,7 +168,9 @@ def why_not(findings: Findings, plan: rewire.Plan) -> str:
         if not any(_is(module, add) for module in plan.modules) and _names(row, add)
     ]
     if not rows:
-        return "cut otherwise"
+        heads = [chain[0] for chain in findings.chains]
+        cuts = [c.start for c in plan.chains if not any(_is(c.modules[0], add) for add in heads)]
+        return f"cut {len(cuts)}: {cuts[0] if cuts else 'chains of other modules'}"
     return f"{_counted(row.reason for row in rows)}: {rows[0].detail}"
 
 

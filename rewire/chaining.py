@@ -113,6 +113,7 @@ def _finished(
         shape=shape,
         trunk="inside" if inside else "identity",
         taps=tuple(dict.fromkeys(taps)),
+        start=drafts[0].cut,
     )
 
 

@@ -71,6 +71,7 @@ class Chain:
         precision: Of its streams: "exact", "float64" or "fast".
         bits: Of correction, per element of the stream and module, that the coupling's inverse
             needs. What a normalisation on the trunk needs beside it is measured in each run.
+        start: In words, why it does not go on from what stands before it.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Chain:
     coupling: str = "re2"
     precision: str = "exact"
     bits: int = 0
+    start: str = ""
 
     def __len__(self) -> int:
         return len(self.modules)

@@ -55,6 +55,40 @@ def draft_chains(
     return _uniquely_named(plan), list(dict.fromkeys(skipped))
 
 
+def lost_in_training(
+    watched: Watched, found: Sequence[Found], trained: Watched, also: Sequence[Found], trunk: str
+) -> dict[tuple[str, bool], str]:
+    """Links between homes that hold in eval mode only: dropout stands there, in nobody's code.
+
+    Args:
+        watched: A run in eval mode.
+        found: Its residual adds.
+        trained: One in train mode; layers that it dropped say nothing.
+        also: Its residual adds.
+        trunk: As for `rewire.plan`.
+
+    Returns:
+        As `draft_chains` takes them.
+    """
+    there = _linked(watched, found, trunk)
+    then = _linked(trained, also, trunk)
+    return {
+        (name, False): "something stands between them in train mode, in neither's code"
+        for name, draft in there.items()
+        if draft.residual.entry == "outside"
+        and draft.residual.trunk != "activation"
+        and name in then
+        and then[name].found.previous is None
+    }
+
+
+def _linked(watched: Watched, found: Sequence[Found], trunk: str) -> dict[str, Draft]:
+    drafts = {draft.found.add: draft for draft in name_residuals(watched, found)}
+    for draft in drafts.values():
+        link(watched, draft, drafts, trunk, {})
+    return {draft.residual.name: draft for draft in drafts.values()}
+
+
 def _longest(drafts: list[Draft]) -> list[list[Draft]]:
     """Chains, each sum followed by the module from which most modules come."""
     for draft in drafts:  # not into the branch of a module that itself goes on from the sum

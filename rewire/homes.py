@@ -20,15 +20,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.errors import CannotTrace, RewireError, StreamMismatch
 from rewire.extraction import Program
+from rewire.isolation import isolated
 from rewire.links import Course, attach, find
 from rewire.pieces import BranchCode
 from rewire.planning import program_for
 from rewire.plans import Residual
-from rewire.replay import Holdings, autocast_state
+from rewire.replay import Holdings, autocast_state, structural_copy
 from rewire.reversible import ReversibleSequential
 from rewire.running import NormBranch, advance, dense, follow, normalise, resume
 from rewire.steps import Branch, Output
-from rewire.structure import flatten, unflatten
+from rewire.structure import flatten, map_leaves, unflatten
 from rewire.tracing import CodeRaised
 
 _MOST_PROGRAMS = 64
@@ -219,6 +220,8 @@ class HomeState:
                 except CannotTrace as second:
                     if answers and isinstance(second, CodeRaised) and second.__cause__:
                         raise second.__cause__ from None  # the code's own error for that answer
+                    if isinstance(second, CodeRaised):
+                        _raise_own(home, arguments)
                     where = self.residuals[0].home or "the model"
                     raise CannotTrace(
                         f"{where}: called in a new way, its code cannot be rewired: {error}. "
@@ -305,6 +308,8 @@ class HomeRun:
         visible, link = normalise(link, x, norm)
         if link.site < len(course.sites) - 1:
             attach(visible, link)
+        else:
+            course.run.visible = None  # the chain is complete
         return visible
 
     def enter(self, number: int, x: Tensor) -> Tensor:
@@ -368,6 +373,13 @@ def run_home(home: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         answers.append(results[-1])
         if answers[-1] != stretch.answer:
             program = programs(answers)
+
+
+def _raise_own(home: nn.Module, arguments: Any) -> None:
+    """Raise what the original raises on these arguments, if it does: `ValueError("too long")`."""
+    args, kwargs = map_leaves(structural_copy, arguments)
+    with isolated(home), torch.no_grad():
+        original_class(type(home)).forward(home, *args, **kwargs)
 
 
 def _left(home: nn.Module, program: Program, number: int, known: dict[str, Any]) -> dict[str, Any]:

@@ -259,6 +259,19 @@ def _same_graph(x: Tensor, visible: Tensor) -> bool:
     return node is goal
 
 
+def _continues(course: Course, x: Tensor) -> bool:
+    """Whether a tensor without a link may be a copy of the result that it stands for.
+
+    Without gradients that result is kept alive, and nothing else tells whether its run goes on.
+    """
+    visible = course.run.visible
+    if visible is None or torch.is_grad_enabled():
+        return True
+    if visible.numel() != x.numel() or visible.device != x.device:
+        return False
+    return torch.equal(visible.flatten().to(x.dtype), x.flatten())
+
+
 def _place(x: Tensor) -> tuple[int, int] | None:
     """Storage and offset; None where a tensor has no storage to look at."""
     try:
@@ -267,7 +280,9 @@ def _place(x: Tensor) -> tuple[int, int] | None:
         return None
 
 
-def choose_site(course: Course, sites: Sequence[int], link: Link | None) -> tuple[int, Link | None]:
+def choose_site(
+    course: Course, sites: Sequence[int], link: Link | None, x: Tensor
+) -> tuple[int, Link | None]:
     """Which module of the chain runs now, and the link to go on with (None: the chain opens).
 
     Layer drop leaves modules out: the next one is the first of this home's sites behind
@@ -287,6 +302,8 @@ def choose_site(course: Course, sites: Sequence[int], link: Link | None) -> tupl
             "use_reentrant=False, or the whole chain, or not at all."
         )
     last = course.last() if link is None else link.site
+    if link is None and sites[0] == 0 and not _continues(course, x):
+        last = -1  # a run that stopped early; another one begins
     again = link is None and 0 <= last < sites[-1] and len(sites) > 1
     if (sites[0] == 0 and not again) or last < 0 or (link is None and sites[-1] <= last):
         return sites[0], None

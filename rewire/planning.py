@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rewire.chaining import draft_chains
+from rewire.chaining import draft_chains, lost_in_training
 from rewire.coupling import Coupling, coupling_from
 from rewire.drafts import name_residuals
 from rewire.errors import CannotLink, CannotTrace, RewireError
@@ -24,7 +24,7 @@ from rewire.plans import Chain, Plan, Residual, Skipped
 from rewire.replay import uncached_autocast
 from rewire.residuals import Found, find_residuals
 from rewire.tracing import CodeRaised, trace_home
-from rewire.watching import Watched, watch
+from rewire.watching import Watched, watch, watch_training
 
 TRUNKS = ("identity", "inside")
 GRANULARITIES = ("module", "block")
@@ -75,9 +75,13 @@ def plan(
     globs = _Globs(_tuple(include), _tuple(exclude))
     with uncached_autocast():
         watched = watch(model, example.args, example.kwargs)
+        trained = watch_training(model, example.args, example.kwargs)
     found, skipped = find_residuals(watched)
     _check_globs(watched, found, (*globs.include, *globs.exclude))
-    chains, left = _traceable(model, watched, found, globs, trunk, granularity)
+    lost = {}
+    if trained is not None:
+        lost = lost_in_training(watched, found, trained, find_residuals(trained)[0], trunk)
+    chains, left = _traceable(model, watched, found, globs, trunk, granularity, lost)
     plan = Plan(
         model=type(model).__qualname__,
         chains=chains,
@@ -119,6 +123,7 @@ def _traceable(
     globs: _Globs,
     trunk: str,
     granularity: str,
+    lost: dict[tuple[str, bool], str],
 ) -> tuple[list[Chain], list[Skipped]]:
     """Chains whose homes can all be traced and cut, and the adds left alone.
 
@@ -126,7 +131,7 @@ def _traceable(
     cannot be one residual module falls apart into its modules first, and a link that does not
     hold in the code cuts the chain.
     """
-    obstacles = _Obstacles()
+    obstacles = _Obstacles(links=lost)
 
     def keep(residual: Residual) -> Skipped | None:
         if not globs.choose(residual):

@@ -295,37 +295,50 @@ def _copied(model: nn.Module) -> dict[int, nn.Module]:
         compiled = isinstance(module, fx.GraphModule) and not is_home(module)
         shells[id(module)] = (type(module) if compiled else object).__new__(type(module))
         originals.append(module)
+    held: dict[int, Any] = {}  # containers that several modules share
     for module in originals:
         shell = shells[id(module)]
         for name, value in module.__dict__.items():
-            shell.__dict__[name] = _redirected(name, value, shells)
+            shell.__dict__[name] = _redirected(name, value, shells, held)
         if isinstance(shell, fx.GraphModule) and not is_home(shell):
             shell.recompile()  # its code is in its class, which is its own
     return shells
 
 
-def _redirected(name: str, value: Any, shells: dict[int, nn.Module]) -> Any:
+def _redirected(name: str, value: Any, shells: dict[int, nn.Module], held: dict[int, Any]) -> Any:
     """An attribute for the copy: containers copied, modules of the tree replaced."""
     if name == "_modules":
         return type(value)((key, shells.get(id(m), m)) for key, m in value.items())
     if name in _REGISTRIES or (name.endswith("_hooks") and isinstance(value, dict)):
-        return _rebound(value, shells) if isinstance(value, OrderedDict) else value.copy()
-    return _rebound(value, shells)
+        return _rebound(value, shells, held) if isinstance(value, OrderedDict) else value.copy()
+    return _rebound(value, shells, held)
 
 
-def _rebound(value: Any, shells: dict[int, nn.Module]) -> Any:
-    """`value` with references to modules of the tree leading to their copies."""
+def _rebound(value: Any, shells: dict[int, nn.Module], held: dict[int, Any]) -> Any:
+    """`value` with references to modules of the tree leading to their copies.
+
+    One list, dict or set in several places stays one.
+    """
+    if id(value) in held:
+        return held[id(value)]
+    again = functools.partial(_rebound, shells=shells, held=held)
+    kind = type(value)
     if isinstance(value, nn.Module):
         return shells.get(id(value), value)
-    if isinstance(value, types.MethodType):
-        owner = _rebound(value.__self__, shells) if isinstance(value.__self__, nn.Module) else None
-        return value if owner is None else types.MethodType(value.__func__, owner)
-    if type(value) is functools.partial:
-        arguments = [_rebound(item, shells) for item in value.args]
-        keywords = {key: _rebound(item, shells) for key, item in value.keywords.items()}
-        return functools.partial(_rebound(value.func, shells), *arguments, **keywords)
-    if type(value) in (list, tuple, set):
-        return type(value)(_rebound(item, shells) for item in value)
-    if type(value) in (dict, OrderedDict):
-        return type(value)((key, _rebound(item, shells)) for key, item in value.items())
-    return value
+    if kind is types.MethodType:
+        return types.MethodType(value.__func__, again(value.__self__))
+    if kind is functools.partial:
+        keywords = {key: again(item) for key, item in value.keywords.items()}
+        return functools.partial(again(value.func), *map(again, value.args), **keywords)
+    if kind is tuple:
+        return tuple(map(again, value))
+    if kind not in (list, set, dict, OrderedDict):
+        return value
+    copy = held[id(value)] = value.copy()
+    copy.clear()
+    if kind is list:
+        copy.extend(map(again, value))
+    else:
+        items = value if kind is set else value.items()
+        copy.update(again(item) for item in items)  # a pair is a tuple; keys are no modules
+    return copy

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,19 @@ from rewire.norms import Normed, Watching
 from rewire.replay import autocast_state, uncached_autocast, version
 from rewire.steps import Branch, Layout, Output, Record, Step, Tail
 from rewire.tape import Tape, written_input
+
+_observers: list[list[str]] = []
+
+
+@contextmanager
+def watch_branches() -> Iterator[list[str]]:
+    """Have the name of the residual module at the list's end while its branch runs in forward."""
+    running: list[str] = []
+    _observers.append(running)
+    try:
+        yield running
+    finally:
+        _observers[:] = [observer for observer in _observers if observer is not running]
 
 
 def recording(course: Course) -> bool:
@@ -73,7 +87,7 @@ def _warn_of_half(course: Course, x: Tensor) -> None:
 
 def resume(course: Course, sites: Sequence[int], x: Tensor) -> tuple[int, Link]:
     """Which module of the chain runs on `x` now, and the link it goes on from."""
-    site, link = choose_site(course, sites, find(x, course))
+    site, link = choose_site(course, sites, find(x, course), x)
     return site, open_chain(course, x) if link is None else link
 
 
@@ -252,6 +266,18 @@ def _step(
 def _ran(tape: Tape | None, step: Step, x: Tensor, sides: Sequence[Any]) -> Output:
     """Run a step's branch, on the tape if there is one."""
     step.branch.refresh()
+    if not _observers:
+        return _run(tape, step, x, sides)
+    for observer in _observers:
+        observer.append(step.branch.name)
+    try:
+        return _run(tape, step, x, sides)
+    finally:
+        for observer in _observers:
+            observer.pop()
+
+
+def _run(tape: Tape | None, step: Step, x: Tensor, sides: Sequence[Any]) -> Output:
     if tape is not None:
         return tape.run(step, x, sides)
     before = version(x)

@@ -102,9 +102,15 @@ def _is_record(value: Any, made: bool) -> bool:
         return False
     if isinstance(value, dict) or _is_frozen(type(value)):
         return True
+    return made and _is_whole(value)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether its class can make an instance anew from what its fields hold."""
     fields = dataclasses.fields(value)
-    whole = all(field.init for field in fields) and not hasattr(value, "__post_init__")
-    return made and whole and {field.name for field in fields} >= {*getattr(value, "__dict__", {})}
+    own = type(value).__dataclass_params__.init and not hasattr(value, "__post_init__")
+    names = {field.name for field in fields if field.init}
+    return own and len(names) == len(fields) and names >= {*getattr(value, "__dict__", {})}
 
 
 def _is_frozen(cls: Any) -> bool:

@@ -52,7 +52,6 @@ class Kept(NamedTuple):
 _SMALL = 4096  # a buffer of this fraction of the stream costs nothing to keep
 _listeners: list[list[tuple[str, bool]]] = []
 _keepers: list[list[Kept]] = []
-_observers: list[list[str]] = []
 
 
 @contextmanager
@@ -75,17 +74,6 @@ def watch_repeats() -> Iterator[list[tuple[str, bool]]]:
         yield found
     finally:
         _listeners[:] = [listener for listener in _listeners if listener is not found]
-
-
-@contextmanager
-def watch_branches() -> Iterator[list[str]]:
-    """Have the name of the residual module at the list's end while its branch runs in forward."""
-    running: list[str] = []
-    _observers.append(running)
-    try:
-        yield running
-    finally:
-        _observers[:] = [observer for observer in _observers if observer is not running]
 
 
 class Tape:
@@ -116,12 +104,8 @@ class Tape:
         step.generators = holdings.generators(sides)
         before = holdings.before(x.nbytes // _SMALL)
         before_run = version(x)
-        for observer in _observers:
-            observer.append(step.branch.name)
         with uncached_autocast(), step.record.dropping(self, ("step", len(self.steps))):
             output = step.branch(x, sides)
-        for observer in _observers:
-            observer.pop()
         step.buffers = holdings.after(before)
         if _listeners:
             self._output = output.branch.detach().clone()

@@ -80,9 +80,18 @@ def needed_nodes(trace: Trace) -> set[fx.Node]:
         pure = node.op in ("placeholder", "get_attr") or is_after_effect(node)
         pure = pure or (node.op == "call_function" and node.target in _PURE)
         pure = pure or not isinstance(trace.hints[node], (Tensor, type(None), tuple, list, dict))
+        pure = pure and not _touches_objects(trace, node)
         if node in needed or node in trace.mutations or not pure:
             needed.update((node, *node.all_input_nodes))
     return needed
+
+
+def _touches_objects(trace: Trace, node: fx.Node) -> bool:
+    """Whether a method or child is handed an object of a class of the user's, which may change."""
+    if node.op not in ("call_method", "call_module"):
+        return False
+    known = (Tensor, bool, int, float, str, tuple, list, dict, set, type(None), type)
+    return any(not isinstance(trace.hints[source], known) for source in node.all_input_nodes)
 
 
 def ancestors(nodes: Iterable[fx.Node], until: Collection[fx.Node] = ()) -> frozenset[fx.Node]:

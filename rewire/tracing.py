@@ -8,6 +8,7 @@ for again where the code runs. Children are leaves: called, never looked into.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import operator
@@ -15,6 +16,7 @@ import pickle
 import random
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -136,6 +138,7 @@ class _Tracer(fx.proxy.TracerBase):
         self._attribute_proxies: dict[int, HintProxy] = {}
         self._proxies: list[weakref.ref[HintProxy]] = []
         self._objects: dict[int, fx.Node] = {}
+        self._handed: dict[int, Any] = {}  # lists and dicts of the code, by their copies
         self._surroundings = self._state()
 
     # ---- the run -------------------------------------------------------------------------
@@ -157,7 +160,9 @@ class _Tracer(fx.proxy.TracerBase):
             now, found = flatten((args, kwargs))
             if found != spec or not self._same_values(given, now):
                 raise CannotTrace("its forward changes a list or dict among its arguments")
-            outputs, trace.result = flatten(result, made=True)
+            if not _containers(result).keys().isdisjoint(_containers((args, kwargs))):
+                raise CannotTrace("its forward gives back a list or dict among its arguments")
+            outputs, trace.result = flatten(result, made=self._is_new(result))
             _refuse_proxies(trace.result)
             trace.outputs = [self.create_arg(output) for output in outputs]
             trace.adds = [node for node in self.graph.nodes if self._is_addition(node)]
@@ -227,17 +232,19 @@ class _Tracer(fx.proxy.TracerBase):
         with self.plainly():
             values = [self.trace.hints[source] for source in node.all_input_nodes]
             before = [(t, t._version) for t in tensors_of(values) if not t.is_inference()]
-            self.trace.hints[node] = hint = self._evaluate(node)
+            self.trace.hints[node] = hint = self._evaluate(node, (args, kwargs))
             changed = {storage_of(t) for t, version in before if t._version != version}
             wrapped = self._wrap(node, hint, top=True)
             if changed:
                 self._redirect(node, changed)
         return wrapped
 
-    def _evaluate(self, node: fx.Node) -> Any:
+    def _evaluate(self, node: fx.Node, written: tuple[Any, Any]) -> Any:
+        """What a call gives; `written` are its arguments as the code has them."""
         hints = self.trace.hints
         args = _thawed(fx.node.map_arg(node.args, hints.__getitem__))
         kwargs = _thawed(fx.node.map_arg(node.kwargs, hints.__getitem__))
+        self._handed = _containers((args, kwargs), written)
         if node.op == "call_module":
             return _called(self.home, str(node.target), args, kwargs)
         if node.op == "call_method":
@@ -257,11 +264,14 @@ class _Tracer(fx.proxy.TracerBase):
         """A result as the code sees it: real containers, with proxies for the leaves."""
         if hint is None or (not top and isinstance(hint, (bool, str))):
             return hint
-        spec = flatten(hint, made=True)[1] if type(hint) is not torch.Size else None
+        if id(hint) in self._handed:
+            return self._handed[id(hint)]  # given back as it is: the code goes on with its own
+        made = self._is_new(hint)
+        spec = flatten(hint, made=made)[1] if type(hint) is not torch.Size else None
         if not isinstance(spec, Container) or _is_structseq(hint):
             return HintProxy(node, self)
         if top:
-            node = self._as_traced(node, hint, spec)
+            node = self._as_traced(node, hint, spec, made)
         if spec.names:
             get: Callable[[Any, Any], Any] = getattr
             if isinstance(hint, dict):
@@ -272,14 +282,26 @@ class _Tracer(fx.proxy.TracerBase):
         parts = [self._item(operator.getitem, node, item, i) for i, item in enumerate(hint)]
         return spec.type(*parts) if hasattr(spec.type, "_fields") else spec.type(parts)
 
-    def _as_traced(self, node: fx.Node, hint: Any, spec: Container) -> fx.Node:
+    def _is_new(self, value: Any) -> bool:
+        """Whether nobody else holds the dataclasses in a result, which may be written into."""
+        records = [leaf for leaf in flatten(value)[0] if dataclasses.is_dataclass(leaf)]
+        if not records:
+            return True
+        attributes = [item for module in self.home.modules() for item in vars(module).values()]
+        nested = [item for value in attributes if type(value) in (list, tuple) for item in value]
+        nested += [item for value in attributes if type(value) is dict for item in value.values()]
+        inputs = [self.trace.hints[node] for node in self.trace.inputs]
+        held = {id(item) for item in (*attributes, *nested, *inputs)}
+        return not any(id(record) in held for record in records)
+
+    def _as_traced(self, node: fx.Node, hint: Any, spec: Container, made: bool) -> fx.Node:
         """A node that refuses a result of another structure than the traced one."""
         if node.op != "call_module" and _name_of(node) in _PARTING:
             parts = self.graph.call_function(len, (node,))
             self.trace.hints[parts] = len(hint)
             self.guard(parts, len(hint))
             return node
-        checked = self.graph.call_function(_check_of(spec, _name_of(node)), (node,))
+        checked = self.graph.call_function(_check_of(spec, _name_of(node), made), (node,))
         self.trace.hints[checked] = hint
         return checked
 
@@ -368,6 +390,7 @@ class _Tracer(fx.proxy.TracerBase):
         """Route this thread's module calls, attributes and torch calls through the tracer."""
         thread = threading.get_ident()
         original = nn.Module.__getattr__
+        set_attribute = nn.Module.__setattr__
 
         def traced_getattr(module: nn.Module, name: str) -> Any:
             value = original(module, name)
@@ -376,8 +399,16 @@ class _Tracer(fx.proxy.TracerBase):
                 return self._attribute(value)
             return value
 
+        def traced_setattr(module: nn.Module, name: str, value: Any) -> None:
+            mine = threading.get_ident() == thread and not self.evaluating
+            foreign = id(module) not in self._inlined and getattr(module, name, None) is not value
+            if mine and foreign:
+                raise CannotTrace(f"its forward sets the attribute {name!r} of a child")
+            set_attribute(module, name, value)
+
         with ExitStack() as stack:
             stack.enter_context(watched_calls(self._call))
+            stack.enter_context(mock.patch.object(nn.Module, "__setattr__", traced_setattr))
             stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))
             apply = inspect.getattr_static(torch.autograd.Function, "apply")
             applied = classmethod(self._apply(apply, thread))
@@ -486,7 +517,7 @@ def _name_of(node: fx.Node) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _check_of(spec: Container, name: str) -> Callable[[Any], Any]:
+def _check_of(spec: Container, name: str, made: bool) -> Callable[[Any], Any]:
     """A function that gives a result back if it has the structure that the trace relies on.
 
     The lengths of containers in it, and what is None, a truth value or a string there.
@@ -494,7 +525,7 @@ def _check_of(spec: Container, name: str) -> Callable[[Any], Any]:
 
     def as_traced(result: Any) -> Any:
         plain = tuple(result) if isinstance(result, torch.Size) else result
-        leaves, found = flatten(plain, made=True)
+        leaves, found = flatten(plain, made=made)
         fake = any(isinstance(leaf, FakeTensor) for leaf in leaves)  # kernels' fakes give too much
         if found != spec and not fake:
             raise CannotTrace(
@@ -505,6 +536,20 @@ def _check_of(spec: Container, name: str) -> Callable[[Any], Any]:
         return result
 
     return as_traced
+
+
+def _containers(value: Any, twin: Any = None) -> dict[int, Any]:
+    """Twins of the lists and dicts in a nest of containers, by the id of each."""
+    kind = type(value)
+    found = {id(value): twin} if kind in (list, dict, OrderedDict) else {}
+    if kind in (list, tuple):
+        twins = [None] * len(value) if twin is None else twin
+        for item, other in zip(value, twins, strict=True):
+            found |= _containers(item, other)
+    elif kind in (dict, OrderedDict):
+        for key, item in value.items():
+            found |= _containers(item, None if twin is None else twin[key])
+    return found
 
 
 def _called(home: nn.Module, name: str, args: Any, kwargs: Any) -> Any:

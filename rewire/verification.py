@@ -29,7 +29,8 @@ from rewire.isolation import isolated, training_mode
 from rewire.profiling import floating_tensors, profile, saved_inside
 from rewire.replay import Holdings, RngStates, all_rng_states, replayed_generators
 from rewire.reversible import exact, kept_grids, store_activations
-from rewire.tape import watch_branches, watch_repeats
+from rewire.running import watch_branches
+from rewire.tape import watch_repeats
 
 # Largest relative error of a gradient. In float64 rounding reaches 1e-13 in the deepest
 # nets, in float32 1e-5 in transformers of 96 modules and 1e-3 in rare ReLU nets; a planted

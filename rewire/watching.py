@@ -144,6 +144,22 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             ) from fake_error
 
 
+def watch_training(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Watched | None:
+    """The same in train mode, on fake tensors; None where that does not run.
+
+    It may want targets, a larger batch, or the value of a random number.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        faked = map_leaves(lambda leaf: as_fake(mode, leaf), (args, dict(kwargs)))
+        with isolated(model), training_mode(model, True), mode, torch.enable_grad():
+            return _record(model, *faked)
+    except Exception:  # whatever it is: eval mode has said what there is
+        return None
+
+
 def as_fake(mode: FakeTensorMode, leaf: Any) -> Any:
     """A fake twin of a tensor; copies of mutable objects, with fake tensors inside."""
     if isinstance(leaf, FakeTensor):

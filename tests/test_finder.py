@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import rewire
-from benchmarks.examination import Examination, _compare, examine, exists, mentioned
+from benchmarks.examination import (
+    Examination,
+    _compare,
+    as_original,
+    examine,
+    exists,
+    mentioned,
+)
 from benchmarks.finder import Findings, find
 from benchmarks.menagerie import Specimen
 from tests.specimens import DIM, SPECIMENS, Loop, mlp, rows
@@ -179,6 +186,15 @@ def test_an_add_left_alone_with_its_reason_is_no_miss() -> None:
     assert compared(told) == []
 
 
+def test_that_a_residual_add_is_called_none_is_a_miss() -> None:
+    def denied(plan: rewire.Plan) -> rewire.Plan:
+        first = plan.chains[0].modules[0]
+        row = rewire.Skipped(first.name, first.where, "projection", "no operand is a skip")
+        return dataclasses.replace(without_a_module(plan), skipped=[*plan.skipped, row])
+
+    assert any("missed" in fault for fault in compared(denied))
+
+
 # ---- the whole examination -----------------------------------------------------------------
 
 
@@ -197,3 +213,41 @@ def test_an_examination_sees_another_function(monkeypatch: pytest.MonkeyPatch) -
     spec = SPECIMENS["plus"]
     row = examine(Specimen("tests", "loop", "loop", spec.make, lambda: (spec.inputs().float(),)))
     assert row["verdict"].startswith("FAILED: plain_eval")
+
+
+class Dropped(nn.Module):
+    """Two streams that take turns, with dropout: drawn in another order when rewired."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.ModuleList(nn.Sequential(mlp(), nn.Dropout(0.5)) for _ in range(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        for f, g in (self.f[:2], self.f[2:]):
+            down, across = f(x), g(y)
+            x, y = x + down, y + across
+        return x, y
+
+
+def dropped() -> Specimen:
+    """The specimen of it."""
+    pair = torch.randn(2, 5, DIM), torch.randn(2, 5, DIM)
+    return Specimen("tests", "dropped", "tests", Dropped, lambda: pair)
+
+
+def test_dropout_in_another_order_is_told_from_other_dropout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = examine(dropped())
+    assert row["plain_train"] in ("order", "yes")
+    assert row["verdict"] == "verified"
+
+    def weaker(model: nn.Module, plan: rewire.Plan) -> nn.Module:
+        plain = as_original(model, plan)
+        for module in plain.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.1
+        return plain
+
+    monkeypatch.setattr("benchmarks.examination.as_original", weaker)
+    assert "plain_train" in examine(dropped())["verdict"]

@@ -573,3 +573,50 @@ class AllSized(nn.Module):
 
 def test_sizes_in_a_list_are_not_changed_by_being_read() -> None:
     assert lengths(AllSized().double(), rows()) == [3]
+
+
+class Tied(nn.Module):
+    """Two streams whose branches share what one child gives: it counts, and drops at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm = nn.Linear(2 * DIM, 2 * DIM), nn.BatchNorm1d(6, momentum=0.5)
+        self.drop, self.f, self.g = nn.Dropout(0.5), mlp(), mlp()
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.drop(self.norm(self.mix(torch.cat([x, y], -1)))).chunk(2, -1)
+        return x + self.f(a), y + self.g(b)
+
+
+class AllTied(nn.Module):
+    """Three of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Tied() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.tanh()
+        for block in self.blocks:
+            x, y = block(x, y)
+        return x + 2 * y.cos()
+
+
+def test_what_two_branches_share_is_computed_once() -> None:
+    """It was in both: drawn twice, counted twice."""
+    model, x = AllTied().double(), rows()
+    assert lengths(model, x) == [3, 2]
+    rev = rewire.make_reversible(model, x, coupling=AsOriginal(), precision="float64")
+    model.train()
+    rev.train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch.manual_seed(3)
+    wanted = model(x)
+    counted = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.load_state_dict(before, strict=False)
+    torch.manual_seed(3)
+    assert torch.allclose(rev(x), wanted, rtol=0, atol=1e-9)
+    for name, buffer in rev.named_buffers():
+        assert torch.allclose(buffer.double(), counted[name].double()), name
+    model.load_state_dict(before, strict=False)
+    proven(model, x)

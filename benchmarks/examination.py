@@ -27,10 +27,9 @@ import rewire
 from benchmarks.finder import Findings, ResidualAdd, find
 from benchmarks.menagerie import Specimen
 from benchmarks.recording import Row
-from rewire.inputs import Example, as_example, example_for
+from rewire.inputs import Example, as_example, example_for, one_more
 from rewire.isolation import training_mode
 from rewire.tape import watch_corrections
-from rewire.verification import one_more
 from rewire.watching import watched_calls
 
 LIMIT = 1e-10  # relative error of a float64 gradient

@@ -73,7 +73,10 @@ def lost_in_training(
     there = _linked(watched, found, trunk)
     then = _linked(trained, also, trunk)
     return {
-        (name, False): "something stands between them in train mode, in neither's code"
+        (
+            name,
+            False,
+        ): "in train mode or with another batch more stands between them, in neither's code"
         for name, draft in there.items()
         if draft.residual.entry == "outside"
         and draft.residual.trunk != "activation"

@@ -135,6 +135,7 @@ def extract(
     pieces: list[Piece] = []
     for residual, following in zip(residuals, (*residuals[1:], None), strict=True):
         pieces.append(Piece(trace, residual, pieces, homes, trunk, following))
+    _untangle(pieces)
     _sink(trace, pieces)
     _check_mutations(trace, pieces)
     _check_exits(trace, pieces, homes)
@@ -266,6 +267,25 @@ class _Outer:
         if not piece.tail_inside:
             x = self.graph.call_method("follow", (self.run, number, x))
         self.copies |= dict.fromkeys(piece.tail, x)
+
+
+def _untangle(pieces: list[Piece]) -> None:
+    """Move what an earlier branch needs of a later one into the earlier.
+
+    Branches of several streams that attend to each other share a computation, which is in the
+    first of them; what the other streams hand to it has to be there before.
+    """
+    for number, piece in enumerate(pieces):
+        needed = ancestors(piece.region)
+        for later in pieces[number + 1 :]:
+            early = needed & later.region
+            piece.region |= early
+            later.region -= early
+            if early and not later.region:
+                raise CannotTrace(
+                    f"the branch of {later.residual.name} is computed in that of "
+                    f"{piece.residual.name}"
+                )
 
 
 def _sink(trace: Trace, pieces: list[Piece]) -> None:

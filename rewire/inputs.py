@@ -6,11 +6,12 @@ Candidates come from what the model says about itself (`pretrained_cfg`, or `con
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, product
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor as fakes
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rewire.errors import CannotTrace
 from rewire.isolation import isolated, training_mode
@@ -46,6 +48,27 @@ class Example:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     description: str = "given"
+
+
+def mapped(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
+    """An example with other tensors, and copies of all else."""
+
+    def each(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) else copy.deepcopy(value)
+
+    args, kwargs = tree_map(each, (example.args, dict(example.kwargs)))
+    return replace(example, args=args, kwargs=kwargs)
+
+
+def one_more(example: Example) -> tuple[int, Example]:
+    """The batch size, and the example with its first sample appended once more."""
+    leaves = tree_leaves((example.args, dict(example.kwargs)))
+    batch = next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()), 0)
+
+    def grown(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor[:1]]) if tensor.shape[:1] == (batch,) else tensor
+
+    return batch, mapped(example, grown)
 
 
 @dataclass(frozen=True)

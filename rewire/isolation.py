@@ -154,7 +154,8 @@ def _caches_of(package: str, loaded: int) -> tuple[functools._lru_cache_wrapper[
 def _caches_in(holder: Any) -> Iterator[functools._lru_cache_wrapper[Any]]:
     """The caches among the attributes of a module or class, also behind a decorator of its own."""
     for value in list(vars(holder).values()):
-        value = getattr(value, "__func__", value)  # of a staticmethod
+        if type(value) in (staticmethod, classmethod):
+            value = value.__func__
         cells = value.__closure__ or () if type(value) is types.FunctionType else ()
         for item in (value, *(_content(cell) for cell in cells)):
             if type(item) is _LRU_CACHE:

@@ -17,7 +17,7 @@ from rewire.coupling import Coupling, coupling_from
 from rewire.drafts import name_residuals
 from rewire.errors import CannotLink, CannotTrace, RewireError
 from rewire.extraction import Program, extract
-from rewire.inputs import as_example, example_for
+from rewire.inputs import Example, as_example, example_for, one_more
 from rewire.isolation import own_surroundings, training_mode
 from rewire.links import PRECISIONS
 from rewire.plans import Chain, Plan, Residual, Skipped
@@ -75,7 +75,7 @@ def plan(
     globs = _Globs(_tuple(include), _tuple(exclude))
     with uncached_autocast():
         watched = watch(model, example.args, example.kwargs)
-        trained = watch_training(model, example.args, example.kwargs)
+        trained = _trained(model, example)
     found, skipped = find_residuals(watched)
     _check_globs(watched, found, (*globs.include, *globs.exclude))
     lost = {}
@@ -90,6 +90,19 @@ def plan(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
     return coupled(plan, coupling, precision)
+
+
+def _trained(model: nn.Module, example: Example) -> Watched | None:
+    """A run in train mode with one sample more, where a view may be none: of one it often is."""
+    try:
+        _, larger = one_more(example)
+    except Exception:  # an object among the arguments cannot be copied
+        larger = example
+    for given in (larger, example):
+        watched = watch_training(model, given.args, given.kwargs)
+        if watched is not None:
+            return watched
+    return None
 
 
 def coupled(plan: Plan, coupling: str | Coupling | None, precision: str | None) -> Plan:

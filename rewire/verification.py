@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -19,12 +19,11 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from rewire import rewriting
 from rewire.drift import Reconstruction, watch_reconstruction
 from rewire.errors import RewireError
-from rewire.inputs import Example, example_for
+from rewire.inputs import Example, example_for, mapped, one_more
 from rewire.isolation import isolated, training_mode
 from rewire.profiling import floating_tensors, profile, saved_inside
 from rewire.replay import Holdings, RngStates, all_rng_states, replayed_generators
@@ -137,7 +136,7 @@ def verify(
     model, example = rev, given
     if float64:  # for the numbers only; the other checks look at the model itself
         model = copy.deepcopy(rev).double()
-        example = _mapped(given, lambda t: t.double() if t.is_floating_point() else t)
+        example = mapped(given, lambda t: t.double() if t.is_floating_point() else t)
     with watch_reconstruction():  # a check says what would be a warning
         checks = [
             *_evaluation_checks(model, example),
@@ -248,7 +247,7 @@ def _other_batch_check(model: nn.Module, example: Example, original: nn.Module) 
 def _refuses(original: nn.Module, example: Example) -> bool:
     """Whether the original cannot run on inputs of these sizes either."""
     dtype = next((p.dtype for p in original.parameters() if p.is_floating_point()), torch.float32)
-    fitting = _mapped(example, lambda t: t.to(dtype) if t.is_floating_point() else t)
+    fitting = mapped(example, lambda t: t.to(dtype) if t.is_floating_point() else t)
     try:
         with isolated(original), training_mode(original, False), torch.no_grad():
             original(*fitting.args, **fitting.kwargs)
@@ -339,17 +338,7 @@ def _fresh(example: Example) -> tuple[Example, dict[str, Tensor]]:
             leaves[f"input {len(leaves)}"] = tensor.requires_grad_()
         return tensor.clone()  # a model may change its input in place, but not a leaf
 
-    return _mapped(example, copied), leaves
-
-
-def _mapped(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
-    """An example with other tensors, and copies of all else."""
-
-    def each(value: Any) -> Any:
-        return change(value) if isinstance(value, Tensor) else copy.deepcopy(value)
-
-    args, kwargs = tree_map(each, (example.args, dict(example.kwargs)))
-    return dataclasses.replace(example, args=args, kwargs=kwargs)
+    return mapped(example, copied), leaves
 
 
 def _loss(output: Any) -> Tensor:
@@ -400,14 +389,3 @@ def _gradient_limit(model: nn.Module) -> float:
     """The limit of the least precise floating-point dtype among the parameters."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return max((_GRADIENT_LIMITS.get(dtype, 5e-2) for dtype in dtypes), default=1e-3)
-
-
-def one_more(example: Example) -> tuple[int, Example]:
-    """The batch size, and the example with its first sample appended once more."""
-    leaves = tree_leaves((example.args, dict(example.kwargs)))
-    batch = next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.dim()), 0)
-
-    def grown(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, tensor[:1]]) if tensor.shape[:1] == (batch,) else tensor
-
-    return batch, _mapped(example, grown)

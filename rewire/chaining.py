@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from rewire.blocks import as_one, blocks
-from rewire.drafts import Draft, cut_off, foreign_code, name_residuals, skip
-from rewire.nesting import parts_of, separate
+from rewire.drafts import Draft, cut_off, foreign_code, name_residuals, parts_of, skip
+from rewire.nesting import separate
 from rewire.plans import Chain, Residual, Skipped
 from rewire.residuals import Found, common_prefix
 from rewire.trunks import last_norm, link

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 
 from rewire.plans import Residual, Skipped
@@ -129,6 +129,17 @@ def cut_off(chain: list[Draft]) -> list[Draft]:
         first.cut = first.cut or "the chain of the sum before it goes another way"
     chain[-1].residual = replace(chain[-1].residual, tail=False, leads=False)
     return chain
+
+
+def parts_of(chain: list[Draft], without: Container[Draft]) -> list[list[Draft]]:
+    """What remains of a chain, piece by piece."""
+    parts: list[list[Draft]] = [[]]
+    for draft in chain:
+        if draft in without:
+            parts.append([])
+        else:
+            parts[-1].append(draft)
+    return [part for part in parts if part]
 
 
 def skip(draft: Draft, reason: str, detail: str) -> Skipped:

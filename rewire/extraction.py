@@ -347,12 +347,15 @@ def _check_exits(trace: Trace, pieces: list[Piece], homes: Collection[str]) -> N
                 ends.update(node.all_input_nodes)
         found = {same_value(trace, end) for end in ends}
         goal = same_value(trace, piece.result)
+        last = found
         while found and goal not in found:
+            last = found
             found = {only_operand(trace, n) for n in found if is_whole_view(trace, n)}
             found = {same_value(trace, node) for node in found}
         if not found:
             name = piece.residual.name
-            said = f"something stands between the sum of {name} and the home's result"
+            what = spelled(min(last, key=str)) if last else "something"
+            said = f"{what} stands between the sum of {name} and the home's result"
             raise CannotLink(said, name, onwards=True)
 
 

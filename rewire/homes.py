@@ -368,7 +368,7 @@ def run_home(home: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             *(known[name] for name in stretch.takes),
         )
         if stretch.answer is None:
-            return unflatten(program.result, results)
+            return unflatten(program.result, results, (args, kwargs))
         known.update(zip(stretch.gives, results, strict=True))
         answers.append(results[-1])
         if answers[-1] != stretch.answer:

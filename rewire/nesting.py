@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 
-from rewire.drafts import Draft, cut_off, skip
+from rewire.drafts import Draft, cut_off, parts_of, skip
 from rewire.plans import Skipped
 from rewire.watching import Watched
 
@@ -69,14 +69,3 @@ def _size(watched: Watched, nodes: frozenset[int]) -> int:
     """Elements that operations make."""
     ops = (watched.ops[node] for node in nodes)
     return sum(math.prod(op.shape) for op in ops if not op.view)
-
-
-def parts_of(chain: Chain, without: Container[Draft]) -> list[Chain]:
-    """What remains of a chain, piece by piece."""
-    parts: list[Chain] = [[]]
-    for draft in chain:
-        if draft in without:
-            parts.append([])
-        else:
-            parts[-1].append(draft)
-    return [part for part in parts if part]

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import operator
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,25 +40,48 @@ class Container:
     items: tuple[Spec, ...]
 
 
-def flatten(value: Any, *, made: bool = False) -> tuple[list[Any], Spec]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Given:
+    """The place of a list or dict of the caller's own: the keys that lead to it."""
+
+    path: tuple[Hashable, ...]
+
+
+def given_in(value: Any, path: tuple[Hashable, ...] = ()) -> dict[int, Given]:
+    """Where the lists and dicts in a nest of containers are, by the id of each."""
+    kind = type(value)
+    if kind not in (list, tuple, dict, OrderedDict):
+        return {}
+    found = {} if kind is tuple else {id(value): Given(path)}
+    for key, item in enumerate(value) if kind in (list, tuple) else value.items():
+        found |= given_in(item, (*path, key))
+    return found
+
+
+def flatten(
+    value: Any, *, made: bool = False, given: Mapping[int, Given] | None = None
+) -> tuple[list[Any], Spec]:
     """Leaves of `value`, in order, and the description of the rest.
 
     Args:
         value: What is taken apart.
         made: It was made just now, as the result of a call: a dataclass that can be changed is
             taken apart too. Of an argument somebody else may hold the very object.
+        given: Containers that are the caller's own, as `given_in` has them: each stays one.
     """
     leaves: list[Any] = []
-    return leaves, _flatten(value, leaves, {}, made)
+    return leaves, _Flattening(leaves, made, given or {}).spec(value)
 
 
-def unflatten(spec: Spec, leaves: Sequence[Any]) -> Any:
-    """The inverse of `flatten`: fresh containers around `leaves`."""
+def unflatten(spec: Spec, leaves: Sequence[Any], source: Any = None) -> Any:
+    """The inverse of `flatten`: fresh containers around `leaves`, `given` ones out of `source`."""
     if isinstance(spec, Leaf):
         return leaves[spec.index]
+    if isinstance(spec, Given):
+        return functools.reduce(operator.getitem, spec.path, source)
     if not isinstance(spec, Container):
         return spec
-    items = [unflatten(item, leaves) for item in spec.items]
+    items = [unflatten(item, leaves, source) for item in spec.items]
     return _rebuild(spec, items)
 
 
@@ -71,29 +96,38 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     return unflatten(spec, [function(leaf) for leaf in leaves])
 
 
-def _flatten(value: Any, leaves: list[Any], seen: dict[int, Leaf], made: bool) -> Spec:
-    if isinstance(value, Tensor):
-        leaf = seen.get(id(value))
-        if leaf is None:
-            leaf = seen[id(value)] = _leaf(value, "tensor", leaves)
-        return leaf
-    if isinstance(value, _CONSTANTS):
-        return value
-    kind = type(value)
-    if kind in (tuple, list, torch.Size) or (isinstance(value, tuple) and hasattr(kind, "_fields")):
-        return Container(kind, (), tuple(_flatten(item, leaves, seen, made) for item in value))
-    if kind in (dict, OrderedDict) or _is_record(value, made):
-        fields = value if kind in (dict, OrderedDict) else _fields(value)
-        items = tuple(_flatten(item, leaves, seen, made) for item in fields.values())
-        return Container(kind, tuple(fields), items)
-    if isinstance(value, (int, float)):
-        return _leaf(value, "number", leaves)
-    return _leaf(value, "object", leaves)
+class _Flattening:
+    """One call of `flatten`."""
 
+    __slots__ = ("_given", "_leaves", "_made", "_seen")
 
-def _leaf(value: Any, kind: str, leaves: list[Any]) -> Leaf:
-    leaves.append(value)
-    return Leaf(len(leaves) - 1, kind)
+    def __init__(self, leaves: list[Any], made: bool, given: Mapping[int, Given]) -> None:
+        self._leaves, self._made, self._given = leaves, made, given
+        self._seen: dict[int, Leaf] = {}
+
+    def spec(self, value: Any) -> Spec:
+        """The description of a value, whose leaves are noted."""
+        if isinstance(value, Tensor):
+            leaf = self._seen.get(id(value))
+            if leaf is None:
+                leaf = self._seen[id(value)] = self._leaf(value, "tensor")
+            return leaf
+        if isinstance(value, _CONSTANTS):
+            return value
+        if id(value) in self._given:
+            return self._given[id(value)]
+        kind = type(value)
+        named = isinstance(value, tuple) and hasattr(kind, "_fields")
+        if kind in (tuple, list, torch.Size) or named:
+            return Container(kind, (), tuple(map(self.spec, value)))
+        if kind in (dict, OrderedDict) or _is_record(value, self._made):
+            fields = value if kind in (dict, OrderedDict) else _fields(value)
+            return Container(kind, tuple(fields), tuple(map(self.spec, fields.values())))
+        return self._leaf(value, "number" if isinstance(value, (int, float)) else "object")
+
+    def _leaf(self, value: Any, kind: str) -> Leaf:
+        self._leaves.append(value)
+        return Leaf(len(self._leaves) - 1, kind)
 
 
 def _is_record(value: Any, made: bool) -> bool:

@@ -33,7 +33,7 @@ from rewire.errors import CannotTrace
 from rewire.isolation import Snapshot, changed_attribute, isolated, snapshot
 from rewire.proxies import HintProxy
 from rewire.replay import autocast_state
-from rewire.structure import Container, Spec, flatten, tensors_of, unflatten
+from rewire.structure import Container, Spec, flatten, given_in, tensors_of, unflatten
 from rewire.traces import Trace, after_effect, storage_of, tensor_operands
 from rewire.watching import (
     ADDITIONS,
@@ -160,9 +160,8 @@ class _Tracer(fx.proxy.TracerBase):
             now, found = flatten((args, kwargs))
             if found != spec or not self._same_values(given, now):
                 raise CannotTrace("its forward changes a list or dict among its arguments")
-            if not _containers(result).keys().isdisjoint(_containers((args, kwargs))):
-                raise CannotTrace("its forward gives back a list or dict among its arguments")
-            outputs, trace.result = flatten(result, made=self._is_new(result))
+            own = given_in((args, kwargs))
+            outputs, trace.result = flatten(result, made=self._is_new(result), given=own)
             _refuse_proxies(trace.result)
             trace.outputs = [self.create_arg(output) for output in outputs]
             trace.adds = [node for node in self.graph.nodes if self._is_addition(node)]

@@ -215,3 +215,28 @@ def test_a_link_that_holds_in_eval_mode_only_is_none() -> None:
     assert [len(chain) for chain in rewire.plan(model, x).chains] == [2, 2]
     verdict = rewire.verify(rewire.make_reversible(model, x), x, original=model)
     assert verdict.passed, str(verdict)
+
+
+class Passing(nn.Module):
+    """Gives back the list it is handed; the model goes on writing into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(handed_back) for _ in range(3))
+
+    def forward(self, x: Tensor, seen: list[int]) -> Tensor:
+        for block in self.blocks:
+            x, same = block(x, {"seen": seen})
+            same.append(len(same))
+        return x
+
+
+def handed_back(block: Block, x: Tensor, other: dict[str, list[int]]) -> Any:
+    return x + block.f(x), other["seen"]
+
+
+def test_a_list_that_is_handed_back_is_the_callers_own() -> None:
+    rev = rewire.make_reversible(Passing().double(), (rows(), []))
+    seen: list[int] = []
+    rev(rows(), seen)
+    assert seen == [0, 1, 2]

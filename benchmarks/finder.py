@@ -214,12 +214,14 @@ class _Watcher(TorchDispatchMode):
         """Run an operation and note it, once for each of its results."""
         kwargs = kwargs or {}
         given = _tensors((args, kwargs))
-        operands = tuple(self._node(tensor) for tensor in given)
+        name = func.overloadpacket.__name__
+        form = name.endswith("_like") or name.startswith("new_")  # no value goes into the result
+        operands = () if form else tuple(self._node(tensor) for tensor in given)
         result = func(*args, **kwargs)
         changed = _tensors(_written(func, args, kwargs))
         made = [t for t in _tensors(result) if not any(t is other for other in given)]
         for tensor in (*changed, *made):
-            op = self._op(func.overloadpacket.__name__, operands, tensor, args, kwargs)
+            op = self._op(name, operands, tensor, args, kwargs)
             self.ops.append(op)
             if any(tensor is other for other in changed):
                 self._changed(tensor, len(self.ops) - 1)

@@ -118,6 +118,12 @@ def recurrent(net: Near, x: Tensor, n: int) -> Tensor:
     return net.gru(net.f[n](x).flatten(0, 1), x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
+def form_only(net: Near, x: Tensor, n: int) -> Tensor:
+    """Something of a value's form, which takes nothing from the value."""
+    y = net.f[n](x)
+    return y + torch.ones_like(y).cos()
+
+
 NEAR_MISSES = [
     positions,
     lateral,
@@ -127,6 +133,7 @@ NEAR_MISSES = [
     difference,
     concatenated,
     recurrent,
+    form_only,
 ]
 
 

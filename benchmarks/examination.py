@@ -21,13 +21,13 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import rewire
 from benchmarks.finder import Findings, ResidualAdd, find
 from benchmarks.menagerie import Specimen
 from benchmarks.recording import Row
-from rewire.inputs import Example, as_example, example_for, one_more
+from rewire.inputs import Example, as_example, example_for, mapped, one_more
 from rewire.isolation import training_mode
 from rewire.tape import watch_corrections
 from rewire.watching import watched_calls
@@ -401,12 +401,9 @@ def _call(model: nn.Module, example: Example) -> Any:
 
 
 def _fresh(example: Example) -> tuple[Any, Any]:
-    """Arguments that a model may write into: tensors, lists and dicts of its own."""
-    return tree_map(_copy, (example.args, dict(example.kwargs)))  # type: ignore[no-any-return]
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+    """Arguments that a model may write into."""
+    own = mapped(example, Tensor.clone)
+    return own.args, own.kwargs
 
 
 @contextmanager
@@ -426,9 +423,9 @@ def _other_size(example: Example) -> Example | None:
     """Larger pictures and volumes, shorter texts."""
     changed = False
 
-    def other(leaf: Any) -> Any:
+    def other(leaf: Tensor) -> Tensor:
         nonlocal changed
-        if not isinstance(leaf, Tensor) or leaf.dim() < 2:
+        if leaf.dim() < 2:
             return leaf
         if leaf.is_floating_point() and leaf.dim() >= 4:
             sizes = [2 * n if leaf.dim() == 5 and n < 32 else n + 32 for n in leaf.shape[-2:]]
@@ -439,8 +436,8 @@ def _other_size(example: Example) -> Example | None:
             return leaf[:, :-3]
         return leaf
 
-    args, kwargs = tree_map(other, (example.args, example.kwargs))
-    return Example(args, kwargs) if changed else None
+    resized = mapped(example, other)
+    return resized if changed else None
 
 
 # ---- proof -------------------------------------------------------------------------------
@@ -487,8 +484,4 @@ def _runs(model: nn.Module, example: Example) -> bool:
 
 
 def _cast(example: Example, dtype: torch.dtype) -> Example:
-    def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    args, kwargs = tree_map(cast, (example.args, dict(example.kwargs)))
-    return Example(args, kwargs)
+    return mapped(example, lambda t: t.to(dtype) if t.is_floating_point() else t)

@@ -35,6 +35,7 @@ from benchmarks import recording, zoo_tables
 from benchmarks.examination import COLUMNS, examine
 from benchmarks.menagerie import Specimen, specimens
 from benchmarks.recording import RECORDS, Row, environment
+from rewire.watching import line_of
 
 RECORD = RECORDS / "zoo.csv"
 FIELDS = ["library", "model", "family", *COLUMNS, "verdict"]
@@ -66,7 +67,8 @@ def examined(specimen: Specimen) -> Row:
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         row = lost(specimen, f"FAILED: {type(error).__name__}: {lines[0][:300]}")
-        row["left"] = traceback.format_exc().strip().splitlines()[-3].strip()
+        *_, (frame, number) = traceback.walk_tb(error.__traceback__)
+        row["left"] = line_of(frame, number)
     return {name: row.get(name, "") for name in FIELDS}
 
 

@@ -171,9 +171,7 @@ class Coupled:
 def _in_floats(
     newest: Tensor, older: Tensor, branch: Tensor, trunk: Tensor | None, k: Coefficients
 ) -> Tensor:
-    if trunk is not None and (
-        k.a is k.c or _same(k.a, k.c)
-    ):  # as the network was: c (F + T), without x - x
+    if trunk is not None and _same(k.a, k.c):  # as the network was: c (F + T), without x - x
         branch, k = branch + trunk, k._replace(a=0.0)
     elif trunk is not None:
         branch = branch + (trunk - newest)
@@ -255,7 +253,7 @@ def _is(weight: Weight, value: float) -> bool:
 
 
 def _same(weight: Weight, other: Weight) -> bool:
-    return not isinstance(other, Tensor) and _is(weight, other)
+    return weight is other or (not isinstance(other, Tensor) and _is(weight, other))
 
 
 def _grown(total: Tensor, stream: Tensor) -> Tensor:

@@ -72,17 +72,16 @@ def lost_in_training(
     """
     there = _linked(watched, found, trunk)
     then = _linked(trained, also, trunk)
-    return {
-        (
-            name,
-            False,
-        ): "in train mode or with another batch more stands between them, in neither's code"
+    only_then = [
+        name
         for name, draft in there.items()
         if draft.residual.entry == "outside"
         and draft.residual.trunk != "activation"
         and name in then
         and then[name].found.previous is None
-    }
+    ]
+    why = "in train mode or with another batch more stands between them, in neither's code"
+    return {(name, False): why for name in only_then}
 
 
 def _linked(watched: Watched, found: Sequence[Found], trunk: str) -> dict[str, Draft]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rewire.errors import NotRepeatable
+from rewire.observers import observing
 
 CHECKS = ("warn", "raise", "off")
 Reconstruction = tuple[str, float]
@@ -90,15 +90,9 @@ def compare(
         _judge(_Verdict(chain, relative, bound, exact, None))
 
 
-@contextmanager
-def watch_reconstruction() -> Iterator[list[Reconstruction]]:
+def watch_reconstruction() -> AbstractContextManager[list[Reconstruction]]:
     """Collect (chain, largest difference relative to the stream) of each backward."""
-    found: list[Reconstruction] = []
-    _listeners.append(found)
-    try:
-        yield found
-    finally:
-        _listeners[:] = [listener for listener in _listeners if listener is not found]
+    return observing(_listeners)
 
 
 def _postpone(verdict: _Verdict) -> None:

@@ -270,13 +270,13 @@ class _Outer:
 
 
 def _untangle(pieces: list[Piece]) -> None:
-    """Move what an earlier branch needs of a later one into the earlier.
+    """Leave what several branches share to the first of them, with all that it needs of the others.
 
-    Branches of several streams that attend to each other share a computation, which is in the
-    first of them; what the other streams hand to it has to be there before.
+    It is computed once: it may draw, or count. Branches of streams that attend to each other
+    share the attention; what the other streams hand to it has to be there before.
     """
     for number, piece in enumerate(pieces):
-        needed = ancestors(piece.region)
+        needed = piece.region | ancestors(piece.region)
         for later in pieces[number + 1 :]:
             early = needed & later.region
             piece.region |= early

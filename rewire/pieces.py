@@ -81,10 +81,7 @@ class Piece:
             sums = {piece.sum for piece in before}
             self.entry = self._find_head_norm() if residual.head_norm else self._find_entry(sums)
         self.head_norm = self.entry if residual.head_norm else None
-        # What two branches read is computed once, in the first: it may draw, or count.
-        self.region: set[fx.Node] = self._find_region().difference(
-            *(piece.region for piece in before)
-        )
+        self.region = self._find_region()
         self._check(before, homes)
         self._check_entry(before, homes)
         inside = trunk == "inside"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -94,15 +95,12 @@ def plan(
 
 def _trained(model: nn.Module, example: Example) -> Watched | None:
     """A run in train mode with one sample more, where a view may be none: of one it often is."""
-    try:
+    with suppress(Exception):  # an object among the arguments cannot be copied
         _, larger = one_more(example)
-    except Exception:  # an object among the arguments cannot be copied
-        larger = example
-    for given in (larger, example):
-        watched = watch_training(model, given.args, given.kwargs)
+        watched = watch_training(model, larger.args, larger.kwargs)
         if watched is not None:
             return watched
-    return None
+    return watch_training(model, example.args, example.kwargs)
 
 
 def coupled(plan: Plan, coupling: str | Coupling | None, precision: str | None) -> Plan:

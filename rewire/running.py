@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from rewire.errors import RewireError, StreamMismatch
 from rewire.grid import OnGrid, rounded, straight
 from rewire.links import Course, Link, choose_site, find
 from rewire.norms import Normed, Watching
+from rewire.observers import observing
 from rewire.replay import autocast_state, uncached_autocast, version
 from rewire.steps import Branch, Layout, Output, Record, Step, Tail
 from rewire.tape import Tape, written_input
@@ -25,15 +26,9 @@ from rewire.tape import Tape, written_input
 _observers: list[list[str]] = []
 
 
-@contextmanager
-def watch_branches() -> Iterator[list[str]]:
+def watch_branches() -> AbstractContextManager[list[str]]:
     """Have the name of the residual module at the list's end while its branch runs in forward."""
-    running: list[str] = []
-    _observers.append(running)
-    try:
-        yield running
-    finally:
-        _observers[:] = [observer for observer in _observers if observer is not running]
+    return observing(_observers)
 
 
 def recording(course: Course) -> bool:

@@ -46,6 +46,10 @@ class Given:
 
     path: tuple[Hashable, ...]
 
+    def of(self, source: Any) -> Any:
+        """What is at that place of a nest of containers."""
+        return functools.reduce(operator.getitem, self.path, source)
+
 
 def given_in(value: Any, path: tuple[Hashable, ...] = ()) -> dict[int, Given]:
     """Where the lists and dicts in a nest of containers are, by the id of each."""
@@ -78,7 +82,7 @@ def unflatten(spec: Spec, leaves: Sequence[Any], source: Any = None) -> Any:
     if isinstance(spec, Leaf):
         return leaves[spec.index]
     if isinstance(spec, Given):
-        return functools.reduce(operator.getitem, spec.path, source)
+        return spec.of(source)
     if not isinstance(spec, Container):
         return spec
     items = [unflatten(item, leaves, source) for item in spec.items]

@@ -11,8 +11,8 @@ States: the tape holds the newest stream and the one before it. A residual modul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from rewire import drift
 from rewire.errors import NotRepeatable, StreamMismatch
 from rewire.norms import Normed
+from rewire.observers import observing
 from rewire.replay import (
     RngStates,
     changed_flag,
@@ -54,26 +55,14 @@ _listeners: list[list[tuple[str, bool]]] = []
 _keepers: list[list[Kept]] = []
 
 
-@contextmanager
-def watch_corrections() -> Iterator[list[Kept]]:
+def watch_corrections() -> AbstractContextManager[list[Kept]]:
     """Collect what each step keeps for its inverse."""
-    found: list[Kept] = []
-    _keepers.append(found)
-    try:
-        yield found
-    finally:
-        _keepers[:] = [keeper for keeper in _keepers if keeper is not found]
+    return observing(_keepers)
 
 
-@contextmanager
-def watch_repeats() -> Iterator[list[tuple[str, bool]]]:
+def watch_repeats() -> AbstractContextManager[list[tuple[str, bool]]]:
     """Run each branch a second time at once; collect its name and whether it gave the same bits."""
-    found: list[tuple[str, bool]] = []
-    _listeners.append(found)
-    try:
-        yield found
-    finally:
-        _listeners[:] = [listener for listener in _listeners if listener is not found]
+    return observing(_listeners)
 
 
 class Tape:

@@ -16,7 +16,6 @@ import pickle
 import random
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -243,7 +242,8 @@ class _Tracer(fx.proxy.TracerBase):
         hints = self.trace.hints
         args = _thawed(fx.node.map_arg(node.args, hints.__getitem__))
         kwargs = _thawed(fx.node.map_arg(node.kwargs, hints.__getitem__))
-        self._handed = _containers((args, kwargs), written)
+        places = given_in((args, kwargs))
+        self._handed = {key: place.of(written) for key, place in places.items()}
         if node.op == "call_module":
             return _called(self.home, str(node.target), args, kwargs)
         if node.op == "call_method":
@@ -535,20 +535,6 @@ def _check_of(spec: Container, name: str, made: bool) -> Callable[[Any], Any]:
         return result
 
     return as_traced
-
-
-def _containers(value: Any, twin: Any = None) -> dict[int, Any]:
-    """Twins of the lists and dicts in a nest of containers, by the id of each."""
-    kind = type(value)
-    found = {id(value): twin} if kind in (list, dict, OrderedDict) else {}
-    if kind in (list, tuple):
-        twins = [None] * len(value) if twin is None else twin
-        for item, other in zip(value, twins, strict=True):
-            found |= _containers(item, other)
-    elif kind in (dict, OrderedDict):
-        for key, item in value.items():
-            found |= _containers(item, None if twin is None else twin[key])
-    return found
 
 
 def _called(home: nn.Module, name: str, args: Any, kwargs: Any) -> Any:

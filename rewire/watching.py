@@ -125,13 +125,8 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     Raises:
         CannotTrace: The model does not run on these inputs.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        faked = map_leaves(lambda leaf: as_fake(mode, leaf), (args, dict(kwargs)))
-        with isolated(model), training_mode(model, False), mode, torch.enable_grad():
-            watched = _record(model, *faked)
-        watched.fake_mode = mode
-        return watched
+        return _on_fakes(model, args, kwargs, training=False)
     except Exception as fake_error:
         copies = map_leaves(structural_copy, (args, dict(kwargs)))
         try:
@@ -151,13 +146,21 @@ def watch_training(
 
     It may want targets, a larger batch, or the value of a random number.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        faked = map_leaves(lambda leaf: as_fake(mode, leaf), (args, dict(kwargs)))
-        with isolated(model), training_mode(model, True), mode, torch.enable_grad():
-            return _record(model, *faked)
+        return _on_fakes(model, args, kwargs, training=True)
     except Exception:  # whatever it is: eval mode has said what there is
         return None
+
+
+def _on_fakes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool
+) -> Watched:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    faked = map_leaves(lambda leaf: as_fake(mode, leaf), (args, dict(kwargs)))
+    with isolated(model), training_mode(model, training), mode, torch.enable_grad():
+        watched = _record(model, *faked)
+    watched.fake_mode = mode
+    return watched
 
 
 def as_fake(mode: FakeTensorMode, leaf: Any) -> Any:
@@ -357,7 +360,7 @@ class _Recorder(TorchFunctionMode):
 
 def structural_or_same(leaf: Any) -> Any:
     """Tensors as they are; copies of mutable objects, which share them."""
-    return leaf if isinstance(leaf, Tensor) else structural_copy(leaf, attached=True)
+    return structural_copy(leaf, attached=True)
 
 
 def _storage(tensor: Tensor) -> int:

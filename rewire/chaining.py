@@ -11,7 +11,7 @@ from rewire.blocks import as_one, blocks
 from rewire.drafts import Draft, cut_off, foreign_code, name_residuals, parts_of, skip
 from rewire.nesting import separate
 from rewire.plans import Chain, Residual, Skipped
-from rewire.residuals import Found, common_prefix
+from rewire.residuals import Found, common_prefix, share_code
 from rewire.trunks import last_norm, link
 from rewire.watching import Watched
 
@@ -23,6 +23,7 @@ def draft_chains(
     trunk: str,
     apart: Collection[str] | None,
     lost: Mapping[tuple[str, bool], str],
+    alone: Collection[str],
 ) -> tuple[list[Chain], list[Skipped]]:
     """Chains of the residual adds that `keep` has nothing against, and the adds left alone.
 
@@ -33,7 +34,9 @@ def draft_chains(
         trunk: As for `rewire.plan`.
         apart: Blocks that cannot be one residual module as a whole; None: none shall be.
         lost: Links that do not hold, as for `rewire.trunks.link`.
+        alone: Homes that cannot take in others whose code is part of theirs.
     """
+    share_code(watched, found, alone)
     skipped: list[Skipped] = []
     drafts: dict[int, Draft] = {}
     for draft in name_residuals(watched, found):
@@ -70,6 +73,8 @@ def lost_in_training(
     Returns:
         As `draft_chains` takes them.
     """
+    for run, adds in ((watched, found), (trained, also)):
+        share_code(run, adds, ())
     there = _linked(watched, found, trunk)
     then = _linked(trained, also, trunk)
     only_then = [

@@ -102,14 +102,12 @@ def relative(name: str, home: str) -> str:
 
 
 def foreign_code(watched: Watched, draft: Draft, found: Sequence[Found]) -> Skipped | None:
-    """A home whose code is read as part of another home's cannot be rewired by itself."""
-    for other in found:
-        if other.home == draft.found.home:
-            continue
-        depth = len(watched.calls[other.home].path)
-        if any(draft.found.home in watched.path(add)[depth:] for add in other.adds):
-            name = watched.calls[other.home].name
-            detail = f"its module's code holds an add of {name or 'the model'} too"
+    """A residual module whose add is in another home's code, where these cannot be one."""
+    depth = len(watched.calls[draft.found.home].path)
+    inside = {call for add in draft.found.adds for call in watched.path(add)[depth:]}
+    for other in found if inside else ():
+        if other.home in inside:
+            detail = f"its add is in the code of {watched.calls[other.home].name}, a home as well"
             return skip(draft, "shared code", detail)
     return None
 

@@ -27,6 +27,7 @@ from rewire.traces import (
     only_operand,
     same_value,
     spelled,
+    values_read,
 )
 
 
@@ -39,12 +40,14 @@ class Stretch:
         takes: Names of the values that it reads from the stretches before.
         gives: Names of the values it adds to them; the last is the question.
         answer: What the code behind assumes; None at the end.
+        constants: How many of the program's constants the code has read by then.
     """
 
     function: Callable[..., Any]
     takes: tuple[str, ...]
     gives: tuple[str, ...]
     answer: bool | None
+    constants: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +61,9 @@ class Program:
         norms: By number: the normalisation of the sum, or None.
         head_norms: By number: that of the sum before, where this home's code runs it, or None.
         tails: By number: the activation behind the sum, (home, x) -> T(x), or None.
-        result: Structure of the result.
+        result: Structure of (result, values of `assigned`).
+        assigned: The attributes that the code sets: names of the module, and of the attribute.
+        reads: The attributes that the code reads: names of the module, and of the attribute.
         constants: Objects the code reads.
         decide: (home, *constants, *leaves) -> what Python decided from sizes; None: nothing.
         decided: The values in the traced run.
@@ -72,6 +77,8 @@ class Program:
     head_norms: tuple[BranchCode | None, ...]
     tails: tuple[Callable[..., Any] | None, ...]
     result: Spec
+    assigned: tuple[tuple[str, str], ...]
+    reads: tuple[tuple[str, str], ...]
     constants: tuple[Any, ...]
     decide: Callable[..., Any] | None
     decided: tuple[Any, ...]
@@ -135,7 +142,7 @@ def extract(
     pieces: list[Piece] = []
     for residual, following in zip(residuals, (*residuals[1:], None), strict=True):
         pieces.append(Piece(trace, residual, pieces, homes, trunk, following))
-    _untangle(pieces)
+    _untangle(trace, pieces)
     _sink(trace, pieces)
     _check_mutations(trace, pieces)
     _check_exits(trace, pieces, homes)
@@ -148,7 +155,8 @@ def extract(
     decide, decided, shapes = _decisions(trace)
     constants = tuple(trace.constants.values())
     code = branches, norms, heads, tails
-    return Program(outer, *code, trace.result, constants, decide, decided, shapes)
+    found = trace.result, trace.assigned, tuple(sorted(trace.reads))
+    return Program(outer, *code, *found, constants, decide, decided, shapes)
 
 
 class _Outer:
@@ -186,7 +194,7 @@ class _Outer:
                 self._emit(node)
             if node in self.trace.asked:
                 new = self._wanted(node)
-                found.append(self._end([*new, node], self.trace.asked[node]))
+                found.append(self._end([*new, node], node))
                 self.known += new
                 self._begin()
         outputs = [
@@ -208,16 +216,18 @@ class _Outer:
         known = {*self.trace.constants, *self.trace.inputs, *self.known, question}
         return [n for n in self.copies if n in wanted - known and n.op != "get_attr"]
 
-    def _end(self, new: Sequence[fx.Node], answer: bool) -> Stretch:
+    def _end(self, new: Sequence[fx.Node], question: fx.Node) -> Stretch:
         self.graph.output(tuple(self.copies[node] for node in new))
-        return self._compiled(tuple(node.name for node in new), answer)
+        return self._compiled(tuple(node.name for node in new), question)
 
-    def _compiled(self, gives: tuple[str, ...], answer: bool | None) -> Stretch:
+    def _compiled(self, gives: tuple[str, ...], question: fx.Node | None) -> Stretch:
         for copied in self.taken.values():
             if not copied.users:
                 self.graph.erase_node(copied)
         takes = tuple(node.name for node, copied in self.taken.items() if copied.users)
-        return Stretch(compiled(self.graph)[0], takes, gives, answer)
+        answer = None if question is None else self.trace.asked[question]
+        met = len(self.trace.constants) if question is None else self.trace.met[question]
+        return Stretch(compiled(self.graph)[0], takes, gives, answer, met)
 
     def _emit(self, node: fx.Node) -> fx.Node:
         """The copy of a node, after whatever it reads: a branch's values come with its step."""
@@ -269,23 +279,23 @@ class _Outer:
         self.copies |= dict.fromkeys(piece.tail, x)
 
 
-def _untangle(pieces: list[Piece]) -> None:
+def _untangle(trace: Trace, pieces: list[Piece]) -> None:
     """Leave what several branches share to the first of them, with all that it needs of the others.
 
     It is computed once: it may draw, or count. Branches of streams that attend to each other
     share the attention; what the other streams hand to it has to be there before.
     """
     for number, piece in enumerate(pieces):
-        needed = piece.region | ancestors(piece.region)
+        needed = {*piece.region, *piece.terms}
+        needed |= ancestors(needed)
         for later in pieces[number + 1 :]:
-            early = needed & later.region
-            piece.region |= early
-            later.region -= early
-            if early and not later.region:
-                raise CannotTrace(
-                    f"the branch of {later.residual.name} is computed in that of "
-                    f"{piece.residual.name}"
-                )
+            piece.region |= needed & later.region
+            later.region -= needed
+        before = {node for other in pieces[:number] for node in (*other.hidden, other.sum)}
+        for node in trace.graph.nodes:  # what leads from there to the branch is its own as well
+            own = any(source in piece.region for source in node.all_input_nodes)
+            if own and node in needed - before:
+                piece.region.add(node)
 
 
 def _sink(trace: Trace, pieces: list[Piece]) -> None:
@@ -379,11 +389,13 @@ def _decisions(
     nodes = [node for node, _ in trace.guards]
     needed = ancestors(nodes) | set(nodes)
     free = all(
-        node.op == "placeholder" or not isinstance(trace.hints[node], Tensor) for node in needed
+        node.op in ("placeholder", "get_attr") or not isinstance(trace.hints[node], Tensor)
+        for node in needed
     ) and not any(node.op == "call_module" for node in needed)
     if not free:
         leaves = [trace.hints[node] for node in trace.inputs]
-        _refuse_values(trace, needed)
+        if reads := values_read(trace, needed):
+            raise CannotTrace(f"its forward decides by the values of a tensor: {spelled(reads)}")
         return None, (), shapes_of(leaves)
     graph = fx.Graph()
     copies = {n: graph.node_copy(n) for n in (*trace.constants, *trace.inputs)}
@@ -392,26 +404,3 @@ def _decisions(
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in nodes))
     return compiled(graph)[0], tuple(value for _, value in trace.guards), None
-
-
-def _is_tensors(hint: Any) -> bool:
-    """Whether a value is a tensor, or several: parts of one."""
-    parts = hint if type(hint) in (tuple, list) and hint else (hint,)
-    return all(isinstance(part, Tensor) for part in parts)
-
-
-_FORMS = frozenset(
-    """shape ndim dtype device layout requires_grad is_cuda size dim ndimension numel stride
-    element_size is_floating_point is_complex is_contiguous get_device __len__""".split()
-)
-
-
-def _refuse_values(trace: Trace, needed: Collection[fx.Node]) -> None:
-    """Decisions may hang on a tensor's form, never on its values."""
-    for node in needed:
-        if _is_tensors(trace.hints[node]) or node.op == "call_module":
-            continue
-        reads = any(isinstance(trace.hints[n], Tensor) for n in node.all_input_nodes)
-        what = node.args[1] if node.target is getattr else node.target
-        if reads and what not in _FORMS:
-            raise CannotTrace(f"its forward decides by the values of a tensor: {spelled(node)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,17 +20,20 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.errors import CannotTrace, RewireError, StreamMismatch
 from rewire.extraction import Program
+from rewire.holdings import Holdings
 from rewire.isolation import isolated
 from rewire.links import Course, attach, find
 from rewire.pieces import BranchCode
 from rewire.planning import program_for
 from rewire.plans import Residual
-from rewire.replay import Holdings, autocast_state, structural_copy
+from rewire.replay import autocast_state
 from rewire.reversible import ReversibleSequential
 from rewire.running import NormBranch, advance, dense, follow, normalise, resume
 from rewire.steps import Branch, Output
 from rewire.structure import flatten, map_leaves, unflatten
+from rewire.traces import Made
 from rewire.tracing import CodeRaised
+from rewire.watching import own_copy
 
 _MOST_PROGRAMS = 64
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -147,7 +150,7 @@ class HomeState:
     trunk: str
     chains: tuple[HomeChain, ...]
     places: tuple[tuple[int, int], ...]  # for each residual: number of its chain, place in it
-    programs: dict[Any, list[Program]] = field(default_factory=dict, repr=False)
+    programs: dict[Any, list[tuple[Program, Any]]] = field(default_factory=dict, repr=False)
     bound: dict[Program, Bound] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,29 +174,24 @@ class HomeState:
             answers: To the first questions of the code whether a tensor is true.
         """
         modes = torch.is_grad_enabled(), autocast_state("cpu"), torch.is_autocast_enabled("cuda")
-        key = (spec, modes, original_class(type(home)).forward, self._fingerprint(home))
-        programs = self.programs.setdefault(key, [])
-        for program in programs:
-            if program.suits(home, leaves, answers):
+        key = spec, modes, original_class(type(home)).forward, self._flags(home)
+        for program, marks in self.programs.get(key, ()):
+            if marks == _marks_of(home, program) and program.suits(home, leaves, answers):
                 return program
         program = self._trace(home, arguments, answers)
         if sum(map(len, self.programs.values())) >= _MOST_PROGRAMS:
             self.programs.clear()
             self.bound.clear()
-        self.programs.setdefault(key, []).append(program)
+        self.programs.setdefault(key, []).append((program, _marks_of(home, program)))
         return program
 
-    def _fingerprint(self, home: nn.Module) -> tuple[Any, ...]:
-        """What the code may read of its modules: flags, numbers and strings."""
-        marks = _scalars(home)
-        for child in home._modules.values():
-            marks += (
-                [v for v in child.__dict__.values() if type(v) in _SCALARS] if child else [None]
-            )
+    def _flags(self, home: nn.Module) -> tuple[Any, ...]:
+        """In which mode modules are, and how many hooks those have whose code is the home's."""
+        marks: list[Any] = [home.training]
+        marks += [None if child is None else child.training for child in home._modules.values()]
         for name in self.residuals[0].inlined:
             module = home.get_submodule(name)
-            marks += _scalars(module)
-            marks.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
+            marks += [module.training, len(module._forward_hooks) + len(module._forward_pre_hooks)]
         return tuple(marks)
 
     def _trace(self, home: nn.Module, arguments: Any, answers: Sequence[bool]) -> Program:
@@ -245,29 +243,39 @@ class HomeState:
         return bound
 
 
-def _scalars(module: nn.Module) -> list[Any]:
-    """What plain code may read of a module's attributes and configuration.
+def _marks_of(home: nn.Module, program: Program) -> list[Any]:
+    """What the code of a program would see of its modules now."""
+    found = ((_child(home, path), name) for path, name in program.reads)
+    known = ((module, name) for module, name in found if module is not None)
+    return [mark for module, name in known for mark in (name, *_marks(module, name))]
 
-    Flags, numbers, strings and functions, also one level down in containers and objects, and
-    which parameters and buffers are None.
+
+def _marks(module: nn.Module, name: str) -> Iterable[Any]:
+    """What plain code may see of an attribute: a flag, number, string or function.
+
+    Those in a container or object, one level down; what a registry holds; whether a parameter,
+    buffer, child or tensor is there, and not None.
     """
-    marks: list[Any] = []
-    for name, value in module.__dict__.items():
-        kind = type(value)
-        if kind in _SCALARS:
-            marks.append(value)
-        elif name in ("_parameters", "_buffers"):
-            marks += [item is None for item in value.values()]
-        elif name == "_rewire" or name == "_modules" or name.endswith("_hooks"):
-            continue
-        elif kind in _CONTAINERS:
-            items = value.values() if isinstance(value, dict) else value
-            marks += [item for item in items if type(item) in _SCALARS]
-        elif callable(value):
-            marks.append(id(value))
-        elif hasattr(value, "__dict__"):
-            marks += [item for item in vars(value).values() if type(item) in _SCALARS]
-    return marks
+    if name not in module.__dict__:
+        registries = (module._parameters, module._buffers, module._modules)
+        return next(((r[name] is None,) for r in registries if name in r), ("absent",))
+    value = module.__dict__[name]
+    kind = type(value)
+    if kind in _SCALARS:
+        return (value,)
+    if name in ("_parameters", "_buffers", "_modules"):
+        return tuple(value)
+    if isinstance(value, Tensor):
+        return ("tensor",)
+    if kind in _CONTAINERS:
+        return (len(value), *_scalars_among(value.values() if isinstance(value, dict) else value))
+    if callable(value):
+        return (id(value),)
+    return _scalars_among(vars(value).values()) if hasattr(value, "__dict__") else ()
+
+
+def _scalars_among(items: Iterable[Any]) -> Iterable[Any]:
+    return (item for item in items if type(item) in _SCALARS)
 
 
 class HomeRun:
@@ -355,6 +363,7 @@ def run_home(home: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             return tracer.create_proxy("call_module", tracer.path_of_module(home), args, kwargs)
     programs = partial(state.program, home, (args, kwargs), leaves, spec)
     program = programs()
+    constants = _for_this_run(program)
     known: dict[str, Any] = {}
     answers: list[bool] = []
     while True:
@@ -363,21 +372,38 @@ def run_home(home: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         results = stretch.function(
             home,
             HomeRun(home, state, program),
-            *program.constants,
+            *constants,
             *leaves,
             *(known[name] for name in stretch.takes),
         )
         if stretch.answer is None:
-            return unflatten(program.result, results, (args, kwargs))
+            result, values = unflatten(program.result, results, (args, kwargs))
+            _assign(home, program.assigned, values)
+            return result
         known.update(zip(stretch.gives, results, strict=True))
         answers.append(results[-1])
         if answers[-1] != stretch.answer:
             program = programs(answers)
+            met = stretch.constants
+            constants[met:] = _for_this_run(program)[met:]
+
+
+def _for_this_run(program: Program) -> list[Any]:
+    """The objects that the code reads, those that it makes anew."""
+    return [one.anew() if isinstance(one, Made) else one for one in program.constants]
+
+
+def _assign(home: nn.Module, places: Sequence[tuple[str, str]], values: Sequence[Any]) -> None:
+    """Set the attributes that the traced code sets; properties and the like have run in it."""
+    for (path, name), value in zip(places, values, strict=True):
+        module = home.get_submodule(path)
+        place = module._buffers if name in module._buffers else module.__dict__
+        place[name] = value
 
 
 def _raise_own(home: nn.Module, arguments: Any) -> None:
     """Raise what the original raises on these arguments, if it does: `ValueError("too long")`."""
-    args, kwargs = map_leaves(structural_copy, arguments)
+    args, kwargs = map_leaves(own_copy, arguments)
     with isolated(home), torch.no_grad():
         original_class(type(home)).forward(home, *args, **kwargs)
 

@@ -16,8 +16,11 @@ import numpy
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from rewire.attributes import CONTAINERS, INTERNAL, same_content
 from rewire.replay import all_rng_states, set_rng_states
+from rewire.sides import SHARED
 
 Snapshot = dict[str, tuple[Any, Any]]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -61,7 +64,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
     Forward hooks of its modules do not run: they may store what they see.
 
     Restored, also after an exception: attributes of every module (plain lists, dicts and
-    sets one level deep), registered parameters, buffers, children and hooks, training
+    sets one level deep; deeper, and in objects of other classes, what fake tensors came
+    into), registered parameters, buffers, children and hooks, training
     flags, the random states of Python, NumPy and torch, and `functools.lru_cache`s of
     the packages that define the model, which might otherwise hold fake tensors.
 
@@ -69,6 +73,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
         model: The model that will be run.
     """
     attributes = [(module, snapshot(module)) for module in model.modules()]
+    inside = [(holder, _content(holder).copy()) for holder in _holders(model)]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     caches = [(cache, cache.cache_info().misses) for cache in _lru_caches(model)]
     states = random.getstate(), numpy.random.get_state(), all_rng_states()
@@ -79,17 +84,23 @@ def isolated(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, before in attributes:
-            _restore(module, before)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            restore(module, before)
+        for holder, content in inside:
+            _take_fakes_out(holder, content)
+        _write_back(buffers)
         for cache, misses in caches:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
         random.setstate(states[0])
         numpy.random.set_state(states[1])
         set_rng_states(states[2])
+
+
+def _write_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 @contextmanager
@@ -113,17 +124,29 @@ def snapshot(module: nn.Module) -> Snapshot:
     }
 
 
-def changed_attribute(module: nn.Module, before: Snapshot) -> str | None:
-    """Name of an attribute that is another object, or another content, than in a snapshot."""
-    for name in {**before, **module.__dict__}:
-        value, content = before.get(name, (None, None))
-        other = module.__dict__.get(name)
-        if other is not value or (content is not None and not same_content(value, content)):
-            return name
-    return None
+def changed_attributes(module: nn.Module, before: Snapshot) -> tuple[dict[str, Any], list[str]]:
+    """Plain attributes and buffers that are set anew since a snapshot, and names of what else.
+
+    Else are containers that hold something else, parameters, children and hooks, and whatever is
+    not there any more.
+    """
+    set_: dict[str, Any] = {}
+    other = [name for name in before if name not in module.__dict__]
+    for name, value in module.__dict__.items():
+        then, content = before.get(name, (None, None))
+        if name == "_buffers" and value is then:
+            set_ |= {n: b for n, b in value.items() if n in content and b is not content[n]}
+            other += [name] if value.keys() != content.keys() else []
+        elif name in INTERNAL or value is then:
+            changed = value is not then or (content is not None and not same_content(then, content))
+            other += [name] if changed else []
+        else:
+            set_[name] = value
+    return set_, other
 
 
-def _restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
+def restore(module: nn.Module, before: Snapshot) -> None:
+    """Have every attribute as in a snapshot."""
     for name in module.__dict__.keys() - before.keys():
         del module.__dict__[name]
     for name, (value, content) in before.items():
@@ -134,14 +157,42 @@ def _restore(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
         value.extend(content) if isinstance(value, list) else value.update(content)
 
 
-def same_content(value: Any, content: Any) -> bool:
-    """Whether a container still holds the very same objects in the same order."""
-    if len(value) != len(content):
-        return False
-    if isinstance(value, dict):
-        pairs = zip(value.items(), content.items(), strict=True)
-        return all(a is c and b is d for (a, b), (c, d) in pairs)
-    return all(a is b for a, b in zip(value, content, strict=True))
+# ---- what modules hold -------------------------------------------------------------------
+
+
+def _holders(model: nn.Module) -> list[Any]:
+    """The containers and objects that modules hold as plain attributes, at any depth."""
+    found: dict[int, Any] = {}
+    todo = [v for m in model.modules() for n, v in m.__dict__.items() if n not in INTERNAL]
+    while todo:
+        item = todo.pop()
+        if type(item) is tuple:
+            todo.extend(item)
+        elif id(item) not in found and (type(item) in CONTAINERS or _is_object(item)):
+            found[id(item)] = item
+            content = _content(item)
+            todo.extend(content.values() if isinstance(content, dict) else content)
+    return list(found.values())
+
+
+def _is_object(item: Any) -> bool:
+    return not isinstance(item, SHARED) and isinstance(getattr(item, "__dict__", None), dict)
+
+
+def _content(holder: Any) -> Any:
+    return holder if type(holder) in CONTAINERS else holder.__dict__
+
+
+def _take_fakes_out(holder: Any, before: Any) -> None:
+    """Have a holder as it was, if fake tensors are in it now: they must not outlive their mode."""
+    content = _content(holder)
+    items = content.values() if isinstance(content, dict) else content
+    if any(type(item) is FakeTensor for item in items):
+        content.clear()
+        content.extend(before) if isinstance(content, list) else content.update(before)
+
+
+# ---- caches of functions -----------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=64)
@@ -157,12 +208,12 @@ def _caches_in(holder: Any) -> Iterator[functools._lru_cache_wrapper[Any]]:
         if type(value) in (staticmethod, classmethod):
             value = value.__func__
         cells = value.__closure__ or () if type(value) is types.FunctionType else ()
-        for item in (value, *(_content(cell) for cell in cells)):
+        for item in (value, *(_inside(cell) for cell in cells)):
             if type(item) is _LRU_CACHE:
                 yield item
 
 
-def _content(cell: types.CellType) -> Any:
+def _inside(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # it is empty

@@ -153,11 +153,14 @@ def _traceable(
 
     while True:
         blocks = obstacles.blocks if granularity == "block" else None
-        chains, left = draft_chains(watched, found, keep, trunk, blocks, obstacles.links)
+        known = obstacles.links, obstacles.alone
+        chains, left = draft_chains(watched, found, keep, trunk, blocks, *known)
         failures = _outermost(_failures(model, watched, chains))
         if not failures:
             return chains, left
-        obstacles.note(failures, {r.home for chain in chains for r in chain if r.block})
+        whole = {r.home for chain in chains for r in chain if r.block}
+        shared = {watched.calls[one.home].name for one in found if one.home != one.lowest}
+        obstacles.note(failures, whole, shared)
 
 
 @dataclass
@@ -167,20 +170,32 @@ class _Obstacles:
     Attributes:
         homes: Why a home is left alone.
         blocks: Those that cannot be one residual module as a whole.
+        alone: Those that cannot take in others whose code is part of theirs.
         links: Why a sum is not the skip of the next residual module, by `CannotLink.link`.
     """
 
     homes: dict[str, str] = field(default_factory=dict)
     blocks: set[str] = field(default_factory=set)
+    alone: set[str] = field(default_factory=set)
     links: dict[tuple[str, bool], str] = field(default_factory=dict)
 
-    def note(self, failures: Mapping[str, CannotTrace], whole: Collection[str]) -> None:
-        """Of a home that fails: the block that it is, the link that does not hold, or itself."""
+    def note(
+        self, failures: Mapping[str, CannotTrace], whole: Collection[str], shared: set[str]
+    ) -> None:
+        """Of a home that fails: the block that it is, the link that does not hold, or itself.
+
+        Args:
+            failures: Why they fail.
+            whole: Homes that are blocks.
+            shared: Homes that have taken others in.
+        """
         for home, error in failures.items():
             if home in whole:
                 self.blocks.add(home)
             elif isinstance(error, CannotLink) and error.link not in self.links:
                 self.links[error.link] = str(error)
+            elif home in shared - self.alone:
+                self.alone.add(home)
             else:
                 self.homes[home] = f"{home or 'the model'}: {error}"
 

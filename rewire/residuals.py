@@ -7,7 +7,7 @@ other operand is computed. Nothing here looks at names or classes of modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -41,7 +41,8 @@ class Found:
         skip_node: The node of that operand.
         fork: The node from which the branch starts.
         branch: Nodes of the branch.
-        home: Number of the lowest module call that holds fork, branch and add.
+        lowest: Number of the lowest module call that holds fork, branch and add.
+        home: That call, or one above it whose code is rewired with it.
         previous: The residual add whose sum is the skip, if any.
         trunk: Nodes between that sum (or the fork) and the skip operand, in order.
         stop: Node at which the way back along the trunk ended without a residual sum.
@@ -53,6 +54,7 @@ class Found:
     skip_node: int
     fork: int
     branch: frozenset[int]
+    lowest: int
     home: int
     previous: Found | None = None
     trunk: tuple[int, ...] = ()
@@ -161,7 +163,7 @@ def _classify(watched: Watched, add: int, terms: Terms, found: list[Found]) -> F
             return _left(watched, add, "spans a trunk", detail)
         between = _walk(watched, node, fork)
         home = _home(watched, {*branch, *between, *adds})
-        return Found(add, adds, path, node, fork, branch, home, trunk=tuple(between))
+        return Found(add, adds, path, node, fork, branch, home, home, trunk=tuple(between))
     return _no_skip(watched, add, nodes)
 
 
@@ -288,7 +290,28 @@ def _share_home(watched: Watched, found: Found) -> None:
         return
     inside = found.home in watched.calls[before.home].path
     if inside and any(before.home in watched.path(node) for node in found.branch):
-        before.home = found.home
+        before.home = before.lowest = found.home
+
+
+def share_code(watched: Watched, found: Sequence[Found], apart: Container[str]) -> None:
+    """Have one home where the code of one is part of another's, who looks into it for an add.
+
+    Args:
+        watched: The run.
+        found: The residual adds, whose homes are set.
+        apart: Names of homes that are to take no other in.
+    """
+    for one in found:
+        one.home = one.lowest
+    waiting = True
+    while waiting:
+        waiting = False
+        for outer in found:
+            call = watched.calls[outer.home]
+            inside = {c for add in outer.adds for c in watched.path(add)[len(call.path) :]}
+            for one in found if inside and call.name not in apart else ():
+                if one.home in inside:
+                    one.home, waiting = outer.home, True
 
 
 def trunk_kind(watched: Watched, node: int) -> str:
@@ -317,5 +340,4 @@ def _kind(ops: list[Op], node: int) -> str:
         return "other"
     if name in _CASTS:
         return "cast"
-    shift = name in _SHIFTS and len(operands) == 1
-    return "elementwise" if name in _SCALES or shift or name in _ACTIVATIONS | _COPIES else "other"
+    return "elementwise" if name in _SCALES | _SHIFTS | _ACTIVATIONS | _COPIES else "other"

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from rewire.arithmetic import Coupled
 from rewire.coupling import Coupling, coupling_from
 from rewire.errors import RewireError, StreamMismatch
+from rewire.holdings import Holdings
 from rewire.links import Course
-from rewire.replay import Holdings
 from rewire.running import advance, dense, open_chain
 from rewire.steps import Branch, Output
 

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from rewire.arithmetic import Coupled
+from rewire.attributes import Kept
 from rewire.errors import NotRepeatable
+from rewire.holdings import Flags, Held, Holdings
 from rewire.norms import Normed
-from rewire.replay import AutocastState, Flags, Held, Holdings, RngStates
+from rewire.replay import AutocastState, RngStates, version
+from rewire.sides import Sides
 
 Hooks = torch.autograd.graph.saved_tensors_hooks
 
@@ -58,7 +61,7 @@ class Record:
     def __init__(self, name: str) -> None:
         self.name = name
         self.metas: list[tuple[torch.Size, torch.dtype]] = []
-        self.caught: dict[int, Tensor] = {}
+        self.caught: dict[int, tuple[Tensor, int]] = {}  # with their version counters
         self.handed: dict[int, weakref.ref[Tensor]] = {}
 
     def dropping(self, tape: Recalling, key: tuple[str, int]) -> Hooks:
@@ -79,7 +82,7 @@ class Record:
         def pack(tensor: Tensor) -> None:
             number = len(caught)
             self._compare(number, tensor)
-            caught[number] = tensor.detach()
+            caught[number] = tensor.detach(), version(tensor)
 
         return Hooks(pack, never)
 
@@ -90,12 +93,18 @@ class Record:
 
     def take(self, number: int) -> Tensor | None:
         """Give a caught tensor away; it lives on for as long as its taker holds it."""
-        tensor = self.caught.pop(number, None)
-        if tensor is not None:
-            self.handed[number] = weakref.ref(tensor)
-            return tensor
-        handed = self.handed.get(number)
-        return None if handed is None else handed()
+        if number not in self.caught:
+            handed = self.handed.get(number)
+            return None if handed is None else handed()
+        tensor, saved = self.caught.pop(number)
+        if version(tensor) != saved:
+            raise NotRepeatable(
+                f"{self.name}: a tensor {list(tensor.shape)} that backward needs was changed in "
+                "place after autograd had saved it; the original's backward fails as well. Write "
+                "the operation out of place."
+            )
+        self.handed[number] = weakref.ref(tensor)
+        return tensor
 
     def _compare(self, number: int, tensor: Tensor) -> None:
         found = (tensor.shape, tensor.dtype)
@@ -153,12 +162,12 @@ class Step:
     tail: Tail | None
     relayout: tuple[Layout, Layout] | None
     autocast: AutocastState
-    sides: list[Any] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    parameters: list[Held] = field(default_factory=list)
+    sides: Sides = field(default_factory=lambda: Sides((), {}))
+    held: list[Held] = field(default_factory=list)
     rng: RngStates | None = None
     generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)
     buffers: list[Any] = field(default_factory=list)
+    attributes: list[Kept] = field(default_factory=list)
     flags: Flags = ()
 
     def enter(self, stream: Tensor) -> Tensor:

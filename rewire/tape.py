@@ -19,27 +19,29 @@ import torch
 from torch import Tensor
 
 from rewire import drift
+from rewire.attributes import changed_attribute, replayed_attributes
 from rewire.errors import NotRepeatable, StreamMismatch
+from rewire.holdings import (
+    changed_flag,
+    changed_parameter,
+    replayed_buffers,
+    replayed_flags,
+    replayed_tensors,
+)
 from rewire.norms import Normed
 from rewire.observers import observing
 from rewire.replay import (
     RngStates,
-    changed_flag,
-    changed_parameter,
     replayed_autocast,
-    replayed_buffers,
-    replayed_flags,
     replayed_generators,
-    replayed_parameters,
     replayed_rng,
     rng_states,
     same_rng_states,
-    structural_copy,
     uncached_autocast,
     version,
 )
+from rewire.sides import Sides
 from rewire.steps import Hooks, Output, Record, Step, Tail, never
-from rewire.structure import tensors_of
 
 
 class Kept(NamedTuple):
@@ -84,24 +86,27 @@ class Tape:
 
     def run(self, step: Step, x: Tensor, sides: Sequence[Any]) -> Output:
         """Run a branch for the first time, dropping what autograd saves."""
-        step.sides = [structural_copy(side) for side in sides]
-        step.versions = _versions(step.sides)
-        rng = self._current_rng(x.device)
         holdings = step.branch.holdings
-        step.parameters = holdings.parameters()
+        step.sides = Sides(sides, holdings.written)
+        rng = self._current_rng(x.device)
+        step.held = holdings.held()
         step.flags = holdings.flags()
         step.generators = holdings.generators(sides)
         before = holdings.before(x.nbytes // _SMALL)
+        modes = tuple(training for _, training in step.flags)
+        settings = holdings.attributes.before(modes)
         before_run = version(x)
         with uncached_autocast(), step.record.dropping(self, ("step", len(self.steps))):
             output = step.branch(x, sides)
         step.buffers = holdings.after(before)
+        step.attributes = holdings.attributes.after(modes, settings)
         if _listeners:
             self._output = output.branch.detach().clone()
         if not same_rng_states(rng, self._current_rng(x.device)):
             step.rng = rng
-        if version(x) != before_run or _versions(step.sides) != step.versions:
+        if version(x) != before_run:
             raise written_input(step.branch.name)
+        step.sides.ran(step.branch.name, holdings.written)
         return output
 
     def follow(self, tail: Tail, x: Tensor) -> Tensor:
@@ -246,14 +251,15 @@ class Tape:
         """
         self._check(step)
         self._forget()
-        sides = [structural_copy(side) for side in step.sides]
+        sides = step.sides.again()
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(replayed_autocast(step.autocast))
             stack.enter_context(replayed_rng(step.rng))
             stack.enter_context(replayed_generators(step.generators))
+            stack.enter_context(replayed_tensors(step.held))
             stack.enter_context(replayed_buffers(step.buffers))
-            stack.enter_context(replayed_parameters(step.parameters))
+            stack.enter_context(replayed_attributes(step.attributes))
             stack.enter_context(replayed_flags(step.flags))
             x, trunk = self._input(step, newest, catch=catch)
             with self._catch(step.record) if catch else Hooks(_drop, never):
@@ -272,16 +278,22 @@ class Tape:
                     f"{name} was changed in place after forward; backward needs it. Clone it "
                     "before changing it."
                 )
-        if _versions(step.sides) != step.versions:
+        if step.sides.changed():
             raise NotRepeatable(
                 f"{step.branch.name}: one of its side inputs was changed in place after forward. "
                 "Clone the tensor before changing it."
             )
-        parameter = changed_parameter(step.parameters)
+        parameter = changed_parameter(step.held)
         if parameter is not None:
             raise NotRepeatable(
                 f"{step.branch.name}: its parameter {parameter!r} was changed in place after "
                 "forward. Step the optimizer after backward."
+            )
+        attribute = changed_attribute(step.attributes)
+        if attribute is not None:
+            raise NotRepeatable(
+                f"{step.branch.name}: the tensor in {attribute!r}, an attribute that it reads, was "
+                "changed in place after forward. Set a new tensor instead."
             )
         flag = changed_flag(step.flags)
         if flag is not None:
@@ -314,10 +326,10 @@ class Tape:
 
 
 def written_input(name: str) -> NotRepeatable:
-    """The error for a branch that writes to the stream, or to a side input."""
+    """The error for a branch that writes to the stream."""
     return NotRepeatable(
-        f"{name}: it changes one of its inputs in place, so it cannot be run again in backward. "
-        "Clone the tensor first, or keep the module out with `exclude=`."
+        f"{name}: it changes its input in place, so it cannot be run again in backward. Clone the "
+        "tensor first, or keep the module out with `exclude=`."
     )
 
 
@@ -338,14 +350,3 @@ def _is_plain(branch: Tensor) -> bool:
 
 def _drop(_: Tensor) -> None:
     return None
-
-
-def _versions(sides: Sequence[Any]) -> list[int]:
-    """Version counters of the tensors among the side inputs, in plain containers too."""
-    found = []
-    for side in sides:
-        if isinstance(side, Tensor):
-            found.append(version(side))
-        elif isinstance(side, (tuple, list, dict)):
-            found += map(version, tensors_of(side))
-    return found

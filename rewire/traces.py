@@ -9,8 +9,33 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from rewire.errors import CannotTrace
+from rewire.errors import CannotTrace, NotRepeatable
+from rewire.sides import structural_copy
 from rewire.structure import Spec
+
+
+class Made:
+    """An object that the code makes in each run, as it is when the code hands it on.
+
+    Raises:
+        CannotTrace: It cannot be copied, or holds what the code has computed.
+    """
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self._value = structural_copy(value, share=_known)
+        except NotRepeatable as error:
+            raise CannotTrace(str(error)) from error
+
+    def anew(self) -> Any:
+        """One for another run."""
+        return structural_copy(self._value, share=_known)
+
+
+def _known(tensor: Tensor) -> Tensor:
+    if issubclass(type(tensor), fx.Proxy):
+        raise CannotTrace("its forward makes an object that holds a tensor, and hands it on")
+    return tensor
 
 
 @dataclass
@@ -21,11 +46,14 @@ class Trace:
         graph: Its torch calls, children as `call_module`.
         hints: The value of each node in the traced run.
         inputs: The placeholders, one for each leaf of the arguments.
-        outputs: A node or constant for each leaf of the result.
-        result: Structure of the result.
+        outputs: A node or constant for each leaf of the result and of what attributes are set to.
+        result: Structure of (result, values of attributes).
+        assigned: The attributes that the code sets: names of the module, and of the attribute.
         guards: Nodes whose values decided something, with the values.
         asked: Nodes that ask for the truth of a tensor, with the answers the code went on with.
         held: For each of them the nodes whose values the code's variables held then.
+        met: For each of them the number of `constants` that the code had read by then.
+        reads: The attributes that the code reads: names of the module, and of the attribute.
         constants: Placeholders that stand for objects the code reads, with the objects.
         mutations: For each node, the tensors (storages) it changes in place.
         adds: Nodes that add two floating tensors, in order.
@@ -37,9 +65,12 @@ class Trace:
     inputs: list[fx.Node] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     result: Spec = None
+    assigned: tuple[tuple[str, str], ...] = ()
     guards: list[tuple[fx.Node, Any]] = field(default_factory=list)
     asked: dict[fx.Node, bool] = field(default_factory=dict)
     held: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
+    met: dict[fx.Node, int] = field(default_factory=dict)
+    reads: set[tuple[str, str]] = field(default_factory=set)
     constants: dict[fx.Node, Any] = field(default_factory=dict)
     mutations: dict[fx.Node, set[int]] = field(default_factory=dict)
     adds: list[fx.Node] = field(default_factory=list)
@@ -104,6 +135,30 @@ def ancestors(nodes: Iterable[fx.Node], until: Collection[fx.Node] = ()) -> froz
             found.add(node)
             todo.extend(node.all_input_nodes)
     return frozenset(found)
+
+
+_FORMS = frozenset(
+    """shape ndim dtype device layout requires_grad is_cuda size dim ndimension numel stride
+    element_size is_floating_point is_complex is_contiguous get_device __len__""".split()
+)
+
+
+def values_read(trace: Trace, nodes: Iterable[fx.Node]) -> fx.Node | None:
+    """The first of some nodes that makes a number of the values of a tensor, not of its form."""
+    for node in nodes:
+        if _is_tensors(trace.hints[node]) or node.op == "call_module":
+            continue
+        reads = any(isinstance(trace.hints[n], Tensor) for n in node.all_input_nodes)
+        what = node.args[1] if node.target is getattr else node.target
+        if reads and what not in _FORMS:
+            return node
+    return None
+
+
+def _is_tensors(hint: Any) -> bool:
+    """Whether a value is a tensor, or several: parts of one."""
+    parts = hint if type(hint) in (tuple, list) and hint else (hint,)
+    return all(isinstance(part, Tensor) for part in parts)
 
 
 def readers(trace: Trace, node: fx.Node) -> list[fx.Node]:

@@ -9,44 +9,53 @@ for again where the code runs. Children are leaves: called, never looked into.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
-import inspect
 import operator
 import pickle
 import random
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import numpy
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.overrides import is_tensor_method_or_property
 
 from rewire.errors import CannotTrace
-from rewire.isolation import Snapshot, changed_attribute, isolated, snapshot
+from rewire.interception import intercepted
+from rewire.isolation import Snapshot, changed_attributes, isolated, restore, snapshot
 from rewire.proxies import HintProxy
 from rewire.replay import autocast_state
 from rewire.structure import Container, Spec, flatten, given_in, tensors_of, unflatten
-from rewire.traces import Trace, after_effect, storage_of, tensor_operands
+from rewire.traces import (
+    Made,
+    Trace,
+    after_effect,
+    ancestors,
+    storage_of,
+    tensor_operands,
+    values_read,
+)
 from rewire.watching import (
     ADDITIONS,
     as_fake,
     current_line,
     is_model_code,
     line_of,
-    structural_or_same,
-    watched_calls,
+    own_copy,
 )
 
-# Functions without tensor arguments, which torch would not hand to a proxy.
-_FACTORIES = """arange empty eye full linspace ones rand randint randn tensor zeros
-    finfo iinfo""".split()
+_LASTING: tuple[type, ...] = (type, enum.Enum, types.ModuleType, functools.partial)
+_LASTING += (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_IS_FIXED, _IS_HEAP_TYPE = 1 << 8, 1 << 9  # CPython's flags: only a class made by code is patched
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 _MOST_ANSWERS = 8
 # Results that have as many parts as a size says.
 _PARTING = """unbind split hsplit vsplit dsplit unsafe_split""".split()
@@ -82,25 +91,65 @@ def trace_home(
             stack.enter_context(mode)
             _gather_shards(home)
         scope = {home.get_submodule(name) for name in inlined} | {home}
-        while True:
-            tracer = _Tracer(home, scope, answers)
-            fresh = [_fresh(leaf, mode) for leaf in leaves]
-            try:
-                with tracer.patches():
-                    return tracer.run(forward, fresh, spec)
-            except CannotTrace as error:
-                raise CannotTrace(f"{error}{_place(error)}") from error
-            except Exception as error:
-                assumed = list(tracer.trace.asked.values())
-                if len(assumed) == len(answers) or not assumed[-1]:
-                    said = f"its forward cannot be traced{_place(error)}: {_text(error)}"
-                    raise CodeRaised(said) from error
-                answers = (*assumed[:-1], False)  # `assert not x.isnan().any()`
+        given, made = (leaves, spec), set[type]()
+        run = functools.partial(_traced, home, forward, given, scope, mode, answers, made)
+        tracer = run()
+        if tracer.strangers:
+            made |= _made(tracer.trace, run().trace)
+            tracer = run() if made else tracer
+        if tracer.numbers:  # what the next call would find
+            for (path, name), value in tracer.numbers.items():
+                home.get_submodule(path).__dict__[name] = value
+            again = {name for _, name in tracer.numbers.keys() & run().numbers.keys()}
+            if again:
+                said = f"its forward sets the attribute {min(again)!r} anew in every call"
+                raise CannotTrace(said)
+        return tracer.trace
+
+
+def _made(trace: Trace, again: Trace) -> set[type]:
+    """Classes of the objects that code makes and hands on: in another run they are others."""
+    pairs = zip(trace.constants.values(), again.constants.values(), strict=True)
+    made = {type(one) for one, other in pairs if one is not other}
+    for cls in made:
+        if cls.__flags__ & _IS_FIXED or not cls.__flags__ & _IS_HEAP_TYPE:
+            what = f"an object of class {cls.__qualname__}"
+            raise CannotTrace(f"its forward makes {what} and hands it on")
+    return made
+
+
+def _traced(
+    home: nn.Module,
+    forward: Callable[..., Any],
+    arguments: tuple[list[Any], Spec],
+    scope: set[nn.Module],
+    mode: FakeTensorMode | None,
+    answers: Sequence[bool],
+    made: set[type],
+) -> _Tracer:
+    """A tracer that has run; where an assumed answer leads to an error, with the other one."""
+    leaves, spec = arguments
+    while True:
+        tracer = _Tracer(home, scope, answers, made)
+        fresh = [_fresh(leaf, mode) for leaf in leaves]
+        try:
+            with intercepted(tracer, made):
+                tracer.run(forward, fresh, spec)
+        except CannotTrace as error:
+            raise CannotTrace(f"{error}{_place(error)}") from error
+        except Exception as error:
+            assumed = list(tracer.trace.asked.values())
+            if len(assumed) <= len(answers) or not assumed[-1]:
+                said = f"its forward cannot be traced{_place(error)}: {_text(error)}"
+                raise CodeRaised(said) from error
+            answers = (*assumed[:-1], False)  # `assert not x.isnan().any()`
+        else:
+            return tracer
 
 
 def _fresh(leaf: Any, mode: FakeTensorMode | None) -> Any:
     """An argument for one run of the code, which may write to it (a decoder's cache)."""
-    return structural_or_same(leaf) if mode is None else as_fake(mode, leaf)
+    return own_copy(leaf) if mode is None else as_fake(mode, leaf)
 
 
 def _place(error: Exception) -> str:
@@ -124,13 +173,18 @@ class CodeRaised(CannotTrace):
 class _Tracer(fx.proxy.TracerBase):
     """Builds a `Trace`."""
 
-    def __init__(self, home: nn.Module, inlined: set[nn.Module], answers: Sequence[bool]) -> None:
+    def __init__(
+        self, home: nn.Module, inlined: set[nn.Module], answers: Sequence[bool], made: set[type]
+    ) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.trace = Trace(self.graph)
         self.home = home
         self.evaluating = False
+        self.strangers = False  # whether it hands on objects that nobody else seems to hold
+        self.numbers: dict[tuple[str, str], Any] = {}  # plain values that attributes are set to
         self._answers = answers
+        self._made = made
         self._inlined = {id(module) for module in inlined}
         self._names = {id(module): name for name, module in home.named_modules()}
         self._attributes = dict(_tensor_attributes(home))
@@ -142,8 +196,22 @@ class _Tracer(fx.proxy.TracerBase):
 
     # ---- the run -------------------------------------------------------------------------
 
-    def run(self, forward: Callable[..., Any], leaves: list[Any], spec: Spec) -> Trace:
+    def run(self, forward: Callable[..., Any], leaves: list[Any], spec: Spec) -> None:
         """Call `forward` with proxies and collect what it does."""
+        attributes = {module: snapshot(module) for module in self._inlined_modules()}
+        try:
+            self._run(forward, leaves, spec, attributes)
+        finally:
+            for module, before in attributes.items():
+                restore(module, before)
+
+    def _run(
+        self,
+        forward: Callable[..., Any],
+        leaves: list[Any],
+        spec: Spec,
+        attributes: Mapping[nn.Module, Snapshot],
+    ) -> None:
         trace = self.trace
         for number, leaf in enumerate(leaves):
             node = self.graph.placeholder(f"input_{number}")
@@ -152,15 +220,19 @@ class _Tracer(fx.proxy.TracerBase):
         given = [HintProxy(node, self) for node in trace.inputs]
         args, kwargs = unflatten(spec, given)
         drawn = _python_random_states()
-        attributes = {id(m): snapshot(m) for m in self._inlined_modules()}
+        self._plant(attributes)
         result = forward(self.home, *args, **kwargs)
         with self.plainly():
-            self._refuse_side_effects(drawn, attributes)
+            if _python_random_states() != drawn:
+                raise CannotTrace("its forward draws random numbers in Python")
+            assigned = self._assigned(attributes)
             now, found = flatten((args, kwargs))
             if found != spec or not self._same_values(given, now):
                 raise CannotTrace("its forward changes a list or dict among its arguments")
             own = given_in((args, kwargs))
-            outputs, trace.result = flatten(result, made=self._is_new(result), given=own)
+            whole = result, tuple(assigned.values())
+            outputs, trace.result = flatten(whole, made=self._is_new(result), given=own)
+            trace.assigned = tuple(assigned)
             _refuse_proxies(trace.result)
             trace.outputs = [self.create_arg(output) for output in outputs]
             trace.adds = [node for node in self.graph.nodes if self._is_addition(node)]
@@ -168,19 +240,34 @@ class _Tracer(fx.proxy.TracerBase):
             for node in self.graph.nodes:
                 if any(source in trace.varying for source in node.all_input_nodes):
                     trace.varying.add(node)
-        return trace
+
+    def _plant(self, attributes: Mapping[nn.Module, Snapshot]) -> None:
+        """Have the code see tensors that are plain attributes of its modules as proxies."""
+        for module, before in attributes.items():
+            for name, (value, _) in before.items():
+                if isinstance(value, Tensor):
+                    module.__dict__[name] = self.attribute(value)
 
     def _inlined_modules(self) -> list[nn.Module]:
         return [module for module in self.home.modules() if id(module) in self._inlined]
 
-    def _refuse_side_effects(self, drawn: Any, attributes: dict[int, Snapshot]) -> None:
-        """What the code did besides calling torch would be lost: refuse it."""
-        if _python_random_states() != drawn:
-            raise CannotTrace("its forward draws random numbers in Python")
-        for module in self._inlined_modules():
-            changed = changed_attribute(module, attributes[id(module)])
-            if changed is not None:
-                raise CannotTrace(f"its forward changes the attribute {changed!r}")
+    def _assigned(self, attributes: Mapping[nn.Module, Snapshot]) -> dict[tuple[str, str], Any]:
+        """What the code has set attributes and buffers to; all else done to a module is lost."""
+        found: dict[tuple[str, str], Any] = {}
+        for module, before in attributes.items():
+            path = self._names[id(module)]
+            set_, other = changed_attributes(module, before)
+            if other:
+                raise CannotTrace(f"its forward changes the attribute {other[0]!r}")
+            planted = self._attribute_proxies.values()
+            set_ = {n: v for n, v in set_.items() if not any(v is proxy for proxy in planted)}
+            found |= {(path, name): value for name, value in set_.items()}
+            for name, value in set_.items():
+                plain = self.trace.hints[value.node] if type(value) is HintProxy else value
+                then = before.get(name, (None,))[0]
+                if type(plain) in (bool, int, float, str) and plain != then:
+                    self.numbers[path, name] = plain
+        return found
 
     def _same_values(self, given: Sequence[HintProxy], now: Sequence[Any]) -> bool:
         """Whether each leaf is the object that it was, be it changed in place, or that number."""
@@ -203,7 +290,13 @@ class _Tracer(fx.proxy.TracerBase):
         if isinstance(a, fx.Proxy) and type(a) is HintProxy:
             return a.node
         if isinstance(a, Tensor):
-            return self._attribute(a).node
+            known = self.attribute(a)
+            if known is None:
+                raise CannotTrace(
+                    f"its forward uses a tensor {list(a.shape)} that is neither an argument nor an "
+                    "attribute of it or its children"
+                )
+            return known.node
         if isinstance(a, nn.Module) or not _is_plain(a):
             return self._constant(a)
         return super().create_arg(a)
@@ -323,18 +416,19 @@ class _Tracer(fx.proxy.TracerBase):
 
     # ---- values that are no proxies -------------------------------------------------------
 
-    def _attribute(self, tensor: Tensor) -> HintProxy:
+    def attribute(self, tensor: Tensor) -> HintProxy | None:
         """The proxy of a parameter, buffer or other tensor that a module of the home holds."""
         if id(tensor) not in self._attributes:
-            raise CannotTrace(
-                f"its forward uses a tensor {list(tensor.shape)} that is neither an argument "
-                "nor an attribute of it or its children"
-            )
+            return None
         if id(tensor) not in self._attribute_proxies:
             node = self.graph.get_attr(self._attributes[id(tensor)])
             self.trace.hints[node] = tensor
             self._attribute_proxies[id(tensor)] = HintProxy(node, self)
         return self._attribute_proxies[id(tensor)]
+
+    def looks_into(self, module: nn.Module) -> bool:
+        """Whether a module's code is part of the home's."""
+        return id(module) in self._inlined
 
     def _constant(self, value: Any) -> fx.Node:
         """The node of an object that the code reads: a child by its name, or a placeholder."""
@@ -348,10 +442,28 @@ class _Tracer(fx.proxy.TracerBase):
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_before(first):
                 node = self.graph.placeholder(f"constant_{len(self._objects)}")
-            self.trace.constants[node] = value
+            self.trace.constants[node] = Made(value) if type(value) in self._made else value
+            self.strangers = self.strangers or not self._is_held(value)
         self.trace.hints[node] = value
         self._objects[id(value)] = node
         return node
+
+    def read(self, module: nn.Module, name: str) -> None:
+        """Note what the code reads of a module; not methods and the like, which classes have."""
+        path = self._names.get(id(module))
+        if path is not None and (name in _REGISTRIES or not hasattr(type(module), name)):
+            self.trace.reads.add((path, name))
+
+    def has_handed(self, value: Any) -> bool:
+        """Whether the code has handed an object on."""
+        return id(value) in self._objects
+
+    def _is_held(self, value: Any) -> bool:
+        """Whether a constant was there before the code ran: it is somebody's attribute, or code."""
+        if isinstance(value, _LASTING):
+            return True
+        held = (item for module in self._inlined_modules() for item in vars(module).values())
+        return any(item is value or _holds(item, value) for item in held)
 
     def register(self, proxy: HintProxy) -> None:
         """Note a proxy that the code may hold."""
@@ -363,92 +475,42 @@ class _Tracer(fx.proxy.TracerBase):
         return [proxy for proxy in proxies if proxy is not None]
 
     def guard(self, node: fx.Node, value: Any) -> Any:
-        """Note a decision."""
+        """Note a decision; one by the values of a tensor (`x.max().item() > 1`) is a question."""
+        decides = isinstance(value, bool) and values_read(self.trace, {node, *ancestors([node])})
+        if decides:
+            return self._asked(node, value)
         self.trace.guards.append((node, value))
         return value
 
     def ask(self, node: fx.Node) -> bool:
         """Assume whether a tensor is true; the code around the branches will ask."""
+        return self._asked(self.graph.call_function(bool, (node,)), True)
+
+    def _asked(self, question: fx.Node, likely: bool) -> bool:
         asked = self.trace.asked
         if len(asked) == _MOST_ANSWERS:
             raise CannotTrace(f"its forward decides by values of tensors over {len(asked)} times")
-        answer = self._answers[len(asked)] if len(asked) < len(self._answers) else True
-        question = self.graph.call_function(bool, (node,))
+        answer = self._answers[len(asked)] if len(asked) < len(self._answers) else likely
         self.trace.hints[question] = asked[question] = answer
         self.trace.held[question] = {proxy.node for proxy in self._held()}
+        self.trace.met[question] = len(self.trace.constants)
         return answer
 
     @staticmethod
     def _state() -> Any:
         return torch.is_grad_enabled(), autocast_state("cpu"), torch.is_autocast_enabled("cuda")
 
-    # ---- patches -------------------------------------------------------------------------
+    # ---- calls ---------------------------------------------------------------------------
 
-    @contextmanager
-    def patches(self) -> Iterator[None]:
-        """Route this thread's module calls, attributes and torch calls through the tracer."""
-        thread = threading.get_ident()
-        original = nn.Module.__getattr__
-        set_attribute = nn.Module.__setattr__
-
-        def traced_getattr(module: nn.Module, name: str) -> Any:
-            value = original(module, name)
-            mine = threading.get_ident() == thread and not self.evaluating
-            if mine and isinstance(value, Tensor) and id(value) in self._attributes:
-                return self._attribute(value)
-            return value
-
-        def traced_setattr(module: nn.Module, name: str, value: Any) -> None:
-            mine = threading.get_ident() == thread and not self.evaluating
-            foreign = id(module) not in self._inlined and getattr(module, name, None) is not value
-            if mine and foreign:
-                raise CannotTrace(f"its forward sets the attribute {name!r} of a child")
-            set_attribute(module, name, value)
-
-        with ExitStack() as stack:
-            stack.enter_context(watched_calls(self._call))
-            stack.enter_context(mock.patch.object(nn.Module, "__setattr__", traced_setattr))
-            stack.enter_context(mock.patch.object(nn.Module, "__getattr__", traced_getattr))
-            apply = inspect.getattr_static(torch.autograd.Function, "apply")
-            applied = classmethod(self._apply(apply, thread))
-            stack.enter_context(mock.patch.object(torch.autograd.Function, "apply", applied))
-            for name in _FACTORIES:
-                factory = self._factory(getattr(torch, name), thread)
-                stack.enter_context(mock.patch.object(torch, name, factory))
-            stack.enter_context(_Capture(self))
-            yield
-
-    def _factory(self, function: Callable[..., Any], thread: int) -> Callable[..., Any]:
-        def factory(*args: Any, **kwargs: Any) -> Any:
-            if self.evaluating or threading.get_ident() != thread or not _has_proxy((args, kwargs)):
-                return function(*args, **kwargs)
-            return self.create_proxy("call_function", function, args, kwargs)
-
-        return factory
-
-    def _apply(self, descriptor: Any, thread: int) -> Callable[..., Any]:
-        """Custom autograd functions are calls like others; their C++ side takes no proxies."""
-
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.evaluating or threading.get_ident() != thread or not _has_proxy((args, kwargs)):
-                return descriptor.__get__(None, cls)(*args, **kwargs)
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                return cls.apply(*args, **kwargs)
-
-            call.__name__ = call.__qualname__ = f"apply_{cls.__name__}"
-            return self.create_proxy("call_function", call, args, kwargs)
-
-        return apply
-
-    def _call(
+    def module_call(
         self,
         original: Callable[..., Any],
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        if self.evaluating or id(module) in self._inlined:
+        """Note a call of a child, or look into it."""
+        if self.evaluating or self.looks_into(module):
             return original(module, *args, **kwargs)
         if id(module) not in self._names:
             raise CannotTrace(
@@ -465,25 +527,6 @@ class _Tracer(fx.proxy.TracerBase):
         if function.__name__ == "__get__":
             return function(*args, **kwargs)
         return self.create_proxy("call_method", function.__name__, args, kwargs)
-
-
-class _Capture(TorchFunctionMode):
-    """Hands every torch call of the traced code to the tracer."""
-
-    def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if self._tracer.evaluating:
-            return func(*args, **(kwargs or {}))
-        return self._tracer.torch_call(func, args, kwargs or {})
 
 
 # ---- values and graphs -------------------------------------------------------------------
@@ -509,6 +552,12 @@ def _tensor_attributes(home: nn.Module) -> Iterator[tuple[int, str]]:
         for name, value in named.items():
             if isinstance(value, Tensor):
                 yield id(value), f"{prefix}.{name}".lstrip(".")
+
+
+def _holds(item: Any, value: Any) -> bool:
+    """Whether an object is in a container or an attribute of another."""
+    inside = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+    return any(one is value for one in (*inside, *getattr(item, "__dict__", {}).values()))
 
 
 def _name_of(node: fx.Node) -> str:
@@ -556,14 +605,6 @@ def _is_plain(value: Any) -> bool:
     plain = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type(...))
     nested = (tuple, list, dict, slice, torch.layout, torch.memory_format, fx.Node, range)
     return isinstance(value, plain + nested)
-
-
-def _has_proxy(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(map(_has_proxy, value))
-    if type(value) is dict:
-        return any(map(_has_proxy, value.values()))
-    return type(value) is HintProxy
 
 
 def _refuse_proxies(spec: Spec) -> None:

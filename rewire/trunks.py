@@ -170,7 +170,8 @@ def last_norm(watched: Watched, draft: Draft) -> Draft:
 def _why_first(watched: Watched, found: Found) -> tuple[str, str]:
     """Why no residual sum leads to this skip."""
     if found.previous is not None:
-        return "neighbour", f"{watched.module(found.previous.add)} before it is left alone"
+        before = watched.module(found.previous.add) or "the model"
+        return "neighbour", f"{before} before it is left alone"
     stop = found.stop
     if stop is None:
         return "first", "nothing residual comes before it"

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from rewire import rewriting
 from rewire.drift import Reconstruction, watch_reconstruction
 from rewire.errors import RewireError
+from rewire.holdings import Holdings
 from rewire.inputs import Example, example_for, mapped, one_more
 from rewire.isolation import isolated, training_mode
 from rewire.profiling import floating_tensors, profile, saved_inside
-from rewire.replay import Holdings, RngStates, all_rng_states, replayed_generators
+from rewire.replay import RngStates, all_rng_states, replayed_generators
 from rewire.reversible import exact, kept_grids, store_activations
 from rewire.running import watch_branches
 from rewire.tape import watch_repeats
@@ -164,7 +165,12 @@ def _takes_gradients(original: nn.Module, example: Example) -> bool:
 
 
 def _evaluation_checks(model: nn.Module, example: Example) -> Iterator[Check]:
-    run, twin = _pair(model, example, training=False)
+    lost = ""
+    try:
+        run, twin = _pair(model, example, training=False)
+    except RuntimeError as error:  # torch's: a network that writes into its state, say
+        lost = f"the network has no gradients in eval mode: {error}".splitlines()[0][:120]
+        run, twin = _pair(model, example, training=False, backward=False)
     limit = _gradient_limit(model)
     different = sum(int((a != b).sum()) for a, b in zip(run.outputs, twin.outputs, strict=True))
     yield Check("outputs", different, 0, "elements", f"in {len(run.outputs)} tensors")
@@ -172,8 +178,8 @@ def _evaluation_checks(model: nn.Module, example: Example) -> Iterator[Check]:
     yield _gradient_check("parameter gradients", run.parameters, twin.parameters, limit)
     found = [(math.inf if math.isnan(d) else d, name) for name, d in run.reconstructions]
     difference, worst = max(found, default=(0.0, ""))
-    detail = f"worst {worst or '(model)'} of {len(found)}"
-    if not found and (run.inputs or all(p.requires_grad for p in model.parameters())):
+    detail = lost or f"worst {worst or '(model)'} of {len(found)}"
+    if not found and not lost and (run.inputs or all(p.requires_grad for p in model.parameters())):
         difference, detail = math.inf, "backward reached no chain's start"
     yield Check("reconstruction", difference, limit, "relative", detail)
 
@@ -236,7 +242,10 @@ def _other_batch_check(model: nn.Module, example: Example, original: nn.Module) 
     batch, larger = one_more(example)
     name, sizes = "other batch size", f"{batch + 1} instead of {batch}"
     try:
-        run, twin = _pair(model, larger, training=False)
+        try:
+            run, twin = _pair(model, larger, training=False)
+        except RuntimeError:  # no gradients in eval mode
+            run, twin = _pair(model, larger, training=True)
     except Exception as error:
         measured = 0.0 if _refuses(original, larger) else math.inf
         return Check(name, measured, limit, "relative", f"{sizes}: {error}".splitlines()[0])
@@ -285,14 +294,16 @@ def _sharing_checks(rev: nn.Module, original: nn.Module) -> Iterator[Check]:
     yield Check("keys equal", len(wrong), 0, "keys", detail)
 
 
-def _pair(model: nn.Module, example: Example, *, training: bool) -> tuple[_Run, _Run]:
+def _pair(
+    model: nn.Module, example: Example, *, training: bool, backward: bool = True
+) -> tuple[_Run, _Run]:
     """The rewired model and its stored-activation twin."""
-    run, twin = (_run(model, example, training, stored) for stored in (False, True))
+    twin, run = (_run(model, example, training, stored, backward) for stored in (True, False))
     return run, twin
 
 
-def _run(model: nn.Module, example: Example, training: bool, stored: bool) -> _Run:
-    """One forward and backward from a fixed random state, leaving nothing behind.
+def _run(model: nn.Module, example: Example, training: bool, stored: bool, backward: bool) -> _Run:
+    """One forward, and backward, from a fixed random state, leaving nothing behind.
 
     Gradients come from `autograd.grad`, so that no hook that steps an optimizer fires.
     """
@@ -314,7 +325,9 @@ def _run(model: nn.Module, example: Example, training: bool, stored: bool) -> _R
         wanted = [*leaves.values(), *parameters.values()]
         loss = _loss(output)
         del output
-        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        gradients: Sequence[Tensor | None] = [None] * len(wanted)
+        if backward:
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         generators = all_rng_states()
     inputs = dict(zip(leaves, gradients, strict=False))

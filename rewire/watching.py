@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from rewire.errors import CannotTrace
 from rewire.isolation import isolated, training_mode
-from rewire.replay import structural_copy
+from rewire.sides import cloned, structural_copy
 from rewire.structure import map_leaves, tensors_of
 
 # Functions whose result takes only shape, dtype and device from their tensor argument.
@@ -128,7 +128,7 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     try:
         return _on_fakes(model, args, kwargs, training=False)
     except Exception as fake_error:
-        copies = map_leaves(structural_copy, (args, dict(kwargs)))
+        copies = map_leaves(own_copy, (args, dict(kwargs)))
         try:
             with isolated(model), training_mode(model, False), torch.no_grad():
                 return _record(model, *copies)
@@ -165,12 +165,14 @@ def _on_fakes(
 
 def as_fake(mode: FakeTensorMode, leaf: Any) -> Any:
     """A fake twin of a tensor; copies of mutable objects, with fake tensors inside."""
-    if isinstance(leaf, FakeTensor):
-        return leaf
-    if isinstance(leaf, Tensor):
-        fake = mode.from_tensor(leaf.detach(), static_shapes=True)
-        return fake.requires_grad_(leaf.requires_grad)
-    return structural_or_same(leaf)
+
+    def fake(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        made = mode.from_tensor(tensor.detach(), static_shapes=True)
+        return made.requires_grad_(tensor.requires_grad)
+
+    return structural_copy(leaf, share=fake)
 
 
 def _first_line(error: Exception) -> str:
@@ -360,7 +362,12 @@ class _Recorder(TorchFunctionMode):
 
 def structural_or_same(leaf: Any) -> Any:
     """Tensors as they are; copies of mutable objects, which share them."""
-    return structural_copy(leaf, attached=True)
+    return structural_copy(leaf, share=lambda tensor: tensor)
+
+
+def own_copy(leaf: Any) -> Any:
+    """A copy that may be written into, tensors included."""
+    return structural_copy(leaf, share=cloned)
 
 
 def _storage(tensor: Tensor) -> int:

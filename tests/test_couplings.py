@@ -508,7 +508,7 @@ def test_a_branch_that_writes_to_the_stream_is_refused(how: str) -> None:
     branches = [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH)) for _ in range(3)]
     net = ReversibleSequential(branches)
     surroundings = torch.no_grad() if how == "no_grad" else rewire.store_activations(net)
-    with surroundings, pytest.raises(rewire.NotRepeatable, match="changes one of its inputs"):
+    with surroundings, pytest.raises(rewire.NotRepeatable, match="changes its input"):
         net(rows())
 
 

@@ -77,15 +77,16 @@ def test_dropout_in_two_forwards_and_two_backwards() -> None:
 
 
 class Probe(nn.Module):
-    """Notes autocast's state whenever it runs."""
+    """Notes autocast's state whenever it runs, outside of itself: what it sets is put back."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.seen = nn.Linear(WIDTH, WIDTH), []
+        self.body, notes = nn.Linear(WIDTH, WIDTH), []
+        self.note, self.seen = notes.append, lambda: notes
 
     def forward(self, x: Tensor) -> Tensor:
         enabled, cached = torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
-        self.seen.append((enabled, cached, torch.get_autocast_dtype("cpu")))
+        self.note((enabled, cached, torch.get_autocast_dtype("cpu")))
         return self.body(x)
 
 
@@ -98,8 +99,8 @@ def test_autocast_is_entered_again_without_its_weight_cache(inside: bool, enable
         assert torch.is_autocast_cache_enabled()
     with torch.autocast("cpu", torch.bfloat16, inside):
         loss.backward()
-    seen = {row for branch in net.children() for row in branch.seen}
-    assert all(len(branch.seen) == 2 for branch in net.children())
+    seen = {row for branch in net.children() for row in branch.seen()}
+    assert all(len(branch.seen()) == 2 for branch in net.children())
     assert {row[0] for row in seen} == {enabled}
     assert not enabled or seen == {(True, False, torch.bfloat16)}
 

@@ -1,0 +1,269 @@
+"""Which code is rewired as one, and what code may do: decide by values, make objects, share."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+import rewire
+from benchmarks.examination import AsOriginal
+from tests.specimens import DIM, Loop, mlp, rows
+from tests.test_zoo_finds import lengths, proven
+
+
+def same_as_original(model: nn.Module, example: Any, *calls: Any) -> None:
+    """The plain form gives what the original does, call by call."""
+    plain = rewire.make_reversible(copy.deepcopy(model), example, coupling=AsOriginal())
+    for args in calls:
+        assert torch.allclose(plain(*args), model(*args), rtol=0, atol=1e-9)
+
+
+# ---- decisions by values -----------------------------------------------------------------
+
+
+class RootLoop(nn.Module):
+    """A residual loop in the root's own forward, which checks lengths first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleList(mlp() for _ in range(3))
+        self.scale = nn.Parameter(torch.ones(DIM))
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if lengths is not None:
+            assert lengths.max().item() <= x.shape[1]
+            if lengths.min().item() < x.shape[1]:
+                known = torch.arange(x.shape[1]) < lengths[:, None]
+                x = x * known[..., None].to(x)
+        for mixer in self.mixers:
+            x = x + mixer(x) * self.scale
+        return x
+
+
+def test_a_number_that_was_a_tensor_decides_in_each_call() -> None:
+    model, x = RootLoop().double(), rows()
+    full, short = torch.full((4,), 6), torch.tensor([6, 2, 3, 1])
+    assert lengths(model, (x, full)) == lengths(model, (x, short)) == [3]
+    for example in (full, short):
+        same_as_original(model, (x, example), (x, full), (x, short), (x,), (x[:, :4], full - 2))
+    rev = rewire.make_reversible(model, (x, full))
+    with pytest.raises(AssertionError):
+        rev(x, torch.full((4,), 9))
+    verdict = rewire.verify(rev, x, short, original=model)
+    assert verdict.passed, str(verdict)
+
+
+# ---- objects -----------------------------------------------------------------------------
+
+
+class Memory:
+    """A cache that the code makes where none is given."""
+
+    def __init__(self, depth: int) -> None:
+        self.kept: list[Tensor | None] = [None] * depth
+
+    def update(self, layer: int, value: Tensor) -> Tensor:
+        before = self.kept[layer]
+        self.kept[layer] = value if before is None else torch.cat([before, value], 1)
+        return self.kept[layer].mean(1, keepdim=True)  # type: ignore[union-attr]
+
+
+class Attending(nn.Module):
+    """Reads and writes the cache."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.f, self.layer = mlp(), layer
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        return self.f(x + memory.update(self.layer, x))
+
+
+class Caching(nn.Module):
+    """A residual loop in the root's own forward, with a cache of its own making."""
+
+    def __init__(self, *, looks: bool = False) -> None:
+        super().__init__()
+        self.layers, self.looks = nn.ModuleList(Attending(n) for n in range(3)), looks
+
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        if memory is None:
+            memory = Memory(len(self.layers))
+        for layer in self.layers:
+            x = x + layer(x, memory)
+        return x * len(memory.kept) if self.looks else x
+
+
+def test_an_object_that_the_code_makes_is_made_in_each_call() -> None:
+    model, x = Caching().double(), rows()
+    assert lengths(model, x) == [3]
+    same_as_original(model, x, (x,), (x,), (x[:, :3],))
+    proven(model, x)
+
+
+def test_an_object_that_the_code_makes_and_then_looks_into_is_a_reason() -> None:
+    with pytest.raises(rewire.NothingToRewire, match="of class Memory, hands it on and then reads"):
+        rewire.make_reversible(Caching(looks=True), rows().float())
+
+
+class HoldsTensor(Caching):
+    """The object holds what the code has computed."""
+
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        memory = Memory(len(self.layers))
+        memory.kept[0] = x.tanh()
+        for layer in self.layers:
+            x = x + layer(x, memory)
+        return x
+
+
+def test_an_object_that_holds_what_was_computed_is_a_reason() -> None:
+    with pytest.raises(rewire.NothingToRewire, match="makes an object that holds a tensor"):
+        rewire.make_reversible(HoldsTensor(), rows().float())
+
+
+# ---- shared code -------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """Two residual modules; the skip of the second is the sum before the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.norm, self.g = mlp(), nn.LayerNorm(DIM), mlp()
+
+    def forward(self, hidden: Tensor, x: Tensor) -> Tensor:
+        x = x + self.f(hidden)
+        return x + self.g(self.norm(x))
+
+
+class AdaptedBlock(nn.Module):
+    """The branch of the child's first module begins here: its code is part of this one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.wide, self.output = mlp(), mlp(), Adapted()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(x)
+        return self.output(self.wide(x), x)
+
+
+def test_code_that_two_homes_share_is_one_home() -> None:
+    model, x = Loop(AdaptedBlock).double(), rows()
+    plan = rewire.plan(model, x)
+    assert [len(chain) for chain in plan.chains] == [9]
+    assert {module.home for module in plan.modules} == {f"blocks.{n}" for n in range(3)}
+    proven(model, x)
+
+
+class Untraceable(nn.Module):
+    """Reaches into its child's code, and cannot be traced itself; its child can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.output, self.seen = mlp(), Pair(), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(self.seen))
+        return self.output(x, self.wide(x))
+
+
+class Pair(nn.Module):
+    """Its first sum belongs to the module around it, the others are its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = mlp(), mlp()
+
+    def forward(self, x: Tensor, wide: Tensor) -> Tensor:
+        x = x + wide
+        x = x + self.f(x)
+        return x + self.g(x)
+
+
+def test_where_the_outer_home_fails_the_inner_one_is_rewired() -> None:
+    model, x = Loop(Untraceable).double(), rows()
+    plan = rewire.plan(model, x)
+    assert [len(chain) for chain in plan.chains] == [2, 2, 2]
+    shared = [row for row in plan.skipped if row.reason == "shared code"]
+    assert len(shared) == 3
+    assert "is in the code of blocks.0.output" in shared[0].detail
+    proven(model, x)
+
+
+# ---- streams that read each other --------------------------------------------------------
+
+
+class Levels(nn.Module):
+    """Three streams of other sizes: each branch adds what the others' branches give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.ModuleList(nn.Conv2d(DIM, DIM, 3, padding=1) for _ in range(3))
+        self.out = nn.ModuleList(nn.Conv2d(DIM, DIM, 1) for _ in range(3))
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        ys = [mix(x).tanh() for mix, x in zip(self.mix, xs, strict=True)]
+        sums = [sum(interpolate(y, size=x.shape[-2:]) for y in ys) for x in xs]
+        xs = tuple(x + self.drop(s) for x, s in zip(xs, sums, strict=True))
+        return tuple(x + out(x).relu() for out, x in zip(self.out, xs, strict=True))
+
+
+class Pyramid(nn.Module):
+    """Two such blocks, and one result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Levels() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        xs = tuple(interpolate(x, scale_factor=f) for f in (1, 0.5, 0.25))
+        for block in self.blocks:
+            xs = block(*xs)
+        return sum(x.mean((2, 3)) for x in xs)  # type: ignore[return-value]
+
+
+def test_branches_of_three_streams_that_read_each_other() -> None:
+    x = torch.randn(2, DIM, 8, 8, dtype=torch.float64)
+    model = Pyramid().double()
+    assert lengths(model, x) == [4, 4, 4]
+    same_as_original(model.eval(), x, (x,), (x[:1],))
+    proven(model, x)
+
+
+# ---- on the trunk ------------------------------------------------------------------------
+
+
+class Affine(nn.Module):
+    """What stands for a normalisation without statistics: z w + b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(DIM))
+        self.bias = nn.Parameter(torch.randn(DIM))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * self.weight + self.bias
+
+
+class AffineBehind(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.norm = mlp(), Affine()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.f(x))
+
+
+def test_a_chain_goes_on_over_a_scale_and_a_bias() -> None:
+    model, x = Loop(AffineBehind).double(), rows()
+    assert lengths(model, x) == [3]
+    same_as_original(model, x, (x,))
+    proven(model, x)

@@ -67,6 +67,7 @@ class Program:
         constants: Objects the code reads.
         decide: (home, *constants, *leaves) -> what Python decided from sizes; None: nothing.
         decided: The values in the traced run.
+        dims: Of each leaf that is a tensor the number of dimensions.
         shapes: Shapes of the tensor leaves, and the other leaves, where decisions hang on shapes
             inside: the program is then good for these only.
     """
@@ -82,12 +83,13 @@ class Program:
     constants: tuple[Any, ...]
     decide: Callable[..., Any] | None
     decided: tuple[Any, ...]
+    dims: tuple[int | None, ...]
     shapes: tuple[Any, ...] | None
 
     def suits(self, home: Any, leaves: Sequence[Any], answers: Sequence[bool]) -> bool:
         """Whether the code's decisions are the same for these arguments and first answers."""
         assumed = [stretch.answer for stretch in self.outer[: len(answers)]]
-        if assumed != list(answers):
+        if assumed != list(answers) or self.dims != dims_of(leaves):
             return False
         if self.shapes is not None and self.shapes != shapes_of(leaves):
             return False
@@ -110,6 +112,11 @@ class Program:
         """What `other` takes where it goes on behind a question and this program does not have."""
         had = self.left(number) | set(self.outer[number - 1].gives)
         return other.left(number) - had
+
+
+def dims_of(leaves: Iterable[Any]) -> tuple[int | None, ...]:
+    """For each leaf its number of dimensions, None for what is no tensor."""
+    return tuple(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves)
 
 
 def shapes_of(leaves: Iterable[Any]) -> tuple[Any, ...]:
@@ -156,7 +163,8 @@ def extract(
     constants = tuple(trace.constants.values())
     code = branches, norms, heads, tails
     found = trace.result, trace.assigned, tuple(sorted(trace.reads))
-    return Program(outer, *code, *found, constants, decide, decided, shapes)
+    dims = dims_of(trace.hints[node] for node in trace.inputs)
+    return Program(outer, *code, *found, constants, decide, decided, dims, shapes)
 
 
 class _Outer:

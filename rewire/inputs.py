@@ -23,7 +23,7 @@ from torch._subclasses import fake_tensor as fakes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rewire.errors import CannotTrace
-from rewire.isolation import isolated, training_mode
+from rewire.isolation import NEEDS_VALUES, isolated, lend_fakes, training_mode
 
 _IMAGE_SIZES = (224, 256, 384, 240, 299, 192, 64, 32, 28, 128, 512, 16, 8)
 _CLIPS = ((16, 224), (16, 112), (8, 224), (32, 224), (32, 112), (8, 64), (4, 32))
@@ -31,8 +31,6 @@ _LENGTHS = (16, 64, 77, 128, 8, 512)
 _WIDTHS = ("in_features", "in_channels", "num_features", "num_channels", "embed_dim", "input_size")
 _INPUTS = ("decoder_input_ids", "input_ids", "pixel_values", "input_features", "input_values")
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs shapes that do not fit
-# What a fake tensor cannot answer (a value, a data-dependent size) is no fault of the input.
-_NEEDS_VALUES = (fakes.DataDependentOutputException, fakes.DynamicOutputShapeException)
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def _search(
     asking: _Candidate | None = candidate
     while asking is not None:
         error = _run(model, asking, batch, fake=True)
-        if isinstance(error, _NEEDS_VALUES):
+        if isinstance(error, NEEDS_VALUES):  # no fault of the input
             error = _run(model, asking, batch, fake=False)
         if error is None:
             return asking
@@ -427,6 +425,8 @@ def _run(model: nn.Module, candidate: _Candidate, batch: int, *, fake: bool) -> 
     mode = fakes.FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     with isolated(model), training_mode(model, False), mode, torch.no_grad():
         example = _example(model, candidate, batch, empty=fake)
+        if isinstance(mode, fakes.FakeTensorMode):
+            lend_fakes(model, mode)
         level = _LOGGER.level
         _LOGGER.setLevel(logging.CRITICAL)
         try:

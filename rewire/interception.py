@@ -38,14 +38,17 @@ class Intercepting(Protocol):
     def attribute(self, tensor: Tensor) -> Any:
         """A parameter or buffer as the code is to see it; None: it is not the home's."""
 
+    def makes(self, module: nn.Module) -> None:
+        """The code makes a module."""
+
     def read(self, module: nn.Module, name: str) -> None:
         """The code reads an attribute of a module, or a parameter, buffer or child."""
 
     def has_handed(self, value: Any) -> bool:
         """Whether the code has handed an object on."""
 
-    def looks_into(self, module: nn.Module) -> bool:
-        """Whether a module's code is part of what is traced."""
+    def is_foreign(self, module: nn.Module) -> bool:
+        """Whether a module is one that the code calls, and does not consist of or make."""
 
     def module_call(
         self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any
@@ -70,6 +73,7 @@ def intercepted(tracer: Intercepting, made: Collection[type]) -> Iterator[None]:
     routes = _Routes(tracer)
     with ExitStack() as stack:
         stack.enter_context(watched_calls(tracer.module_call))
+        stack.enter_context(mock.patch.object(nn.Module, "__init__", routes.init()))
         stack.enter_context(mock.patch.object(nn.Module, "__setattr__", routes.setattr()))
         stack.enter_context(mock.patch.object(nn.Module, "__getattr__", routes.getattr()))
         read = routes.getattribute()
@@ -97,23 +101,35 @@ class _Routes:
     def _mine(self) -> bool:
         return threading.get_ident() == self._thread and not self._tracer.evaluating
 
+    def init(self) -> Callable[..., Any]:
+        original = nn.Module.__init__
+
+        def traced_init(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+            if self._mine():
+                self._tracer.makes(module)
+            original(module, *args, **kwargs)
+
+        return traced_init
+
     def getattribute(self) -> Callable[..., Any]:
         def traced_getattribute(module: nn.Module, name: str) -> Any:
-            if self._mine():
-                self._tracer.read(module, name)
-            return object.__getattribute__(module, name)
+            if not self._mine():
+                return object.__getattribute__(module, name)
+            self._tracer.read(module, name)
+            return self._as_seen(object.__getattribute__(module, name))
 
         return traced_getattribute
+
+    def _as_seen(self, value: Any) -> Any:
+        known = self._tracer.attribute(value) if isinstance(value, Tensor) else None
+        return value if known is None else known
 
     def getattr(self) -> Callable[..., Any]:
         original = nn.Module.__getattr__
 
         def traced_getattr(module: nn.Module, name: str) -> Any:
             value = original(module, name)
-            if isinstance(value, Tensor) and self._mine():
-                known = self._tracer.attribute(value)
-                return value if known is None else known
-            return value
+            return self._as_seen(value) if self._mine() else value
 
         return traced_getattr
 
@@ -121,8 +137,9 @@ class _Routes:
         original = nn.Module.__setattr__
 
         def traced_setattr(module: nn.Module, name: str, value: Any) -> None:
-            foreign = not self._tracer.looks_into(module)
-            if self._mine() and foreign and getattr(module, name, None) is not value:
+            if self._mine() and self._tracer.is_foreign(module):
+                if getattr(module, name, None) is value:
+                    return
                 raise CannotTrace(f"its forward sets the attribute {name!r} of a child")
             original(module, name, value)
 

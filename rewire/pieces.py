@@ -217,8 +217,6 @@ class Piece:
                 break  # what follows runs only if the answer is the traced one
             node = users[0]
             tail.append(node)
-        if self.residual.tail and not tail and not self.trace.asked:
-            raise CannotTrace(f"no activation follows the sum of {self.residual.name}")
         return tail
 
     def _asks_between(self, first: fx.Node, last: fx.Node) -> bool:

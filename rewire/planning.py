@@ -17,15 +17,16 @@ from rewire.chaining import draft_chains, lost_in_training
 from rewire.coupling import Coupling, coupling_from
 from rewire.drafts import name_residuals
 from rewire.errors import CannotLink, CannotTrace, RewireError
-from rewire.extraction import Program, extract
+from rewire.extraction import Program, extract, shapes_of
 from rewire.inputs import Example, as_example, example_for, one_more
 from rewire.isolation import own_surroundings, training_mode
 from rewire.links import PRECISIONS
 from rewire.plans import Chain, Plan, Residual, Skipped
 from rewire.replay import uncached_autocast
 from rewire.residuals import Found, find_residuals
+from rewire.structure import flatten
 from rewire.tracing import CodeRaised, trace_home
-from rewire.watching import Watched, watch, watch_training
+from rewire.watching import Call, Watched, watch, watch_training
 
 TRUNKS = ("identity", "inside")
 GRANULARITIES = ("module", "block")
@@ -82,7 +83,8 @@ def plan(
     lost = {}
     if trained is not None:
         lost = lost_in_training(watched, found, trained, find_residuals(trained)[0], trunk)
-    chains, left = _traceable(model, watched, found, globs, trunk, granularity, lost)
+    runs = watched, trained
+    chains, left = _traceable(model, runs, found, globs, trunk, granularity, lost)
     plan = Plan(
         model=type(model).__qualname__,
         chains=chains,
@@ -129,7 +131,7 @@ def _check_choices(**given: str) -> None:
 
 def _traceable(
     model: nn.Module,
-    watched: Watched,
+    runs: tuple[Watched, Watched | None],
     found: Sequence[Found],
     globs: _Globs,
     trunk: str,
@@ -142,7 +144,7 @@ def _traceable(
     cannot be one residual module falls apart into its modules first, and a link that does not
     hold in the code cuts the chain.
     """
-    obstacles = _Obstacles(links=lost)
+    watched, obstacles = runs[0], _Obstacles(links=lost)
 
     def keep(residual: Residual) -> Skipped | None:
         if not globs.choose(residual):
@@ -155,7 +157,7 @@ def _traceable(
         blocks = obstacles.blocks if granularity == "block" else None
         known = obstacles.links, obstacles.alone
         chains, left = draft_chains(watched, found, keep, trunk, blocks, *known)
-        failures = _outermost(_failures(model, watched, chains))
+        failures = _outermost(_failures(model, *runs, chains))
         if not failures:
             return chains, left
         whole = {r.home for chain in chains for r in chain if r.block}
@@ -264,32 +266,44 @@ def trunk_of(chains: Sequence[Chain]) -> dict[str, str]:
 
 
 def _failures(
-    model: nn.Module, watched: Watched, chains: Sequence[Chain]
+    model: nn.Module, watched: Watched, trained: Watched | None, chains: Sequence[Chain]
 ) -> dict[str, CannotTrace]:
     """Homes that cannot be traced and cut in eval or in train mode, with the reasons."""
     homes = modules_by_home(chains)
     trunks = trunk_of(chains)
-    first_call = {call.name: call for call in reversed(watched.calls)}
+    runs = [(run, _distinct_calls(run)) for run in (watched, trained or watched)]
     failures: dict[str, CannotTrace] = {}
     for home, residuals in homes.items():
         module = model.get_submodule(home)
         try:
-            for training in (False, True):
-                with training_mode(module, training), torch.enable_grad():
-                    _check_traceable(
-                        partial(
-                            program_for,
-                            module,
-                            first_call[home].arguments,
-                            residuals,
-                            inner_homes(home, homes),
-                            trunks[home],
-                            watched.fake_mode,
-                        )
+            for training, (run, calls) in enumerate(runs):
+                if home not in calls:  # layer drop
+                    run, calls = runs[0]
+                for call in calls[home]:
+                    program = partial(
+                        program_for,
+                        module,
+                        call.arguments,
+                        residuals,
+                        inner_homes(home, homes),
+                        trunks[home],
+                        run.fake_mode,
+                        lend=True,
                     )
+                    with training_mode(module, bool(training)), torch.enable_grad():
+                        _check_traceable(program)
         except CannotTrace as error:
             failures[home] = error
     return failures
+
+
+def _distinct_calls(watched: Watched) -> dict[str, list[Call]]:
+    """The calls of each module that differ in more than the values of tensors."""
+    calls: dict[str, dict[Any, Call]] = {}
+    for call in watched.calls:
+        leaves, spec = flatten(call.arguments)
+        calls.setdefault(call.name, {}).setdefault((spec, shapes_of(leaves)), call)
+    return {name: list(found.values()) for name, found in calls.items()}
 
 
 def _outermost(failures: Mapping[str, CannotTrace]) -> dict[str, CannotTrace]:
@@ -322,8 +336,9 @@ def program_for(
     mode: Any,
     forward: Any = None,
     answers: Sequence[bool] = (),
+    lend: bool = False,
 ) -> Program:
-    """Trace a home and cut it at its residual adds.
+    """Trace a home and cut it at its residual adds; arguments as for `trace_home`.
 
     Raises:
         CannotTrace: With the reason.
@@ -338,5 +353,6 @@ def program_for(
             )
     forward = type(home).forward if forward is None else forward
     with uncached_autocast(), own_surroundings():  # else it would keep fake tensors for later runs
-        trace = trace_home(home, forward, arguments, residuals[0].inlined, mode, answers)
+        inlined = residuals[0].inlined
+        trace = trace_home(home, forward, arguments, inlined, mode, answers, lend=lend)
     return extract(trace, residuals, inner, trunk)

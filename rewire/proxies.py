@@ -59,6 +59,8 @@ class HintProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         with self.tracer.plainly():  # type: ignore[attr-defined]
             value = getattr(self.hint, name)
+        if name == "ndim" and isinstance(self.hint, Tensor):
+            return value  # a program is for inputs of these numbers of dimensions
         if callable(value):
             return _Method(self, name)
         return self._call(getattr, name)
@@ -125,4 +127,6 @@ class _Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         proxy = self._proxy
+        if self._name in ("dim", "ndimension") and isinstance(proxy.hint, Tensor):
+            return proxy.hint.ndim
         return proxy.tracer.create_proxy("call_method", self._name, (proxy, *args), kwargs)

@@ -146,7 +146,8 @@ _FORMS = frozenset(
 def values_read(trace: Trace, nodes: Iterable[fx.Node]) -> fx.Node | None:
     """The first of some nodes that makes a number of the values of a tensor, not of its form."""
     for node in nodes:
-        if _is_tensors(trace.hints[node]) or node.op == "call_module":
+        hint = trace.hints[node]
+        if hint is None or _is_tensors(hint) or node.op == "call_module":
             continue
         reads = any(isinstance(trace.hints[n], Tensor) for n in node.all_input_nodes)
         what = node.args[1] if node.target is getattr else node.target

@@ -30,7 +30,15 @@ from torch.overrides import is_tensor_method_or_property
 
 from rewire.errors import CannotTrace
 from rewire.interception import intercepted
-from rewire.isolation import Snapshot, changed_attributes, isolated, restore, snapshot
+from rewire.isolation import (
+    NEEDS_VALUES,
+    Snapshot,
+    changed_attributes,
+    isolated,
+    lend_fakes,
+    restore,
+    snapshot,
+)
 from rewire.proxies import HintProxy
 from rewire.replay import autocast_state
 from rewire.structure import Container, Spec, flatten, given_in, tensors_of, unflatten
@@ -69,6 +77,8 @@ def trace_home(
     inlined: Sequence[str],
     mode: FakeTensorMode | None,
     answers: Sequence[bool] = (),
+    *,
+    lend: bool = False,
 ) -> Trace:
     """Trace `forward` of a home on one call's arguments.
 
@@ -79,10 +89,31 @@ def trace_home(
         inlined: Names, relative to the home, of children to look into.
         mode: Run on fake tensors of this mode; None: on the real ones.
         answers: To the code's first questions whether a tensor is true; later ones: True.
+        lend: Lend the home fake parameters meanwhile: faster, where no other thread runs it.
 
     Raises:
         CannotTrace: With the reason.
     """
+    if lend and mode is not None:
+        try:
+            return _traced_alone(home, forward, arguments, inlined, mode, answers, lend=True)
+        except CannotTrace as error:
+            if not isinstance(error.__cause__, NEEDS_VALUES):
+                raise  # else it is the value of a parameter that is wanted
+    return _traced_alone(home, forward, arguments, inlined, mode, answers, lend=False)
+
+
+def _traced_alone(
+    home: nn.Module,
+    forward: Callable[..., Any],
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]],
+    inlined: Sequence[str],
+    mode: FakeTensorMode | None,
+    answers: Sequence[bool],
+    *,
+    lend: bool,
+) -> Trace:
+    """Trace a home without leaving a mark, with fake parameters if they are to be lent."""
     leaves, spec = flatten(arguments)
     with ExitStack() as stack:
         stack.enter_context(_TRACING)
@@ -90,6 +121,8 @@ def trace_home(
         if mode is not None:
             stack.enter_context(mode)
             _gather_shards(home)
+            if lend:
+                lend_fakes(home, mode)
         scope = {home.get_submodule(name) for name in inlined} | {home}
         given, made = (leaves, spec), set[type]()
         run = functools.partial(_traced, home, forward, given, scope, mode, answers, made)
@@ -185,6 +218,7 @@ class _Tracer(fx.proxy.TracerBase):
         self.numbers: dict[tuple[str, str], Any] = {}  # plain values that attributes are set to
         self._answers = answers
         self._made = made
+        self._modules: list[nn.Module] = []  # that the code makes
         self._inlined = {id(module) for module in inlined}
         self._names = {id(module): name for name, module in home.named_modules()}
         self._attributes = dict(_tensor_attributes(home))
@@ -220,7 +254,6 @@ class _Tracer(fx.proxy.TracerBase):
         given = [HintProxy(node, self) for node in trace.inputs]
         args, kwargs = unflatten(spec, given)
         drawn = _python_random_states()
-        self._plant(attributes)
         result = forward(self.home, *args, **kwargs)
         with self.plainly():
             if _python_random_states() != drawn:
@@ -241,13 +274,6 @@ class _Tracer(fx.proxy.TracerBase):
                 if any(source in trace.varying for source in node.all_input_nodes):
                     trace.varying.add(node)
 
-    def _plant(self, attributes: Mapping[nn.Module, Snapshot]) -> None:
-        """Have the code see tensors that are plain attributes of its modules as proxies."""
-        for module, before in attributes.items():
-            for name, (value, _) in before.items():
-                if isinstance(value, Tensor):
-                    module.__dict__[name] = self.attribute(value)
-
     def _inlined_modules(self) -> list[nn.Module]:
         return [module for module in self.home.modules() if id(module) in self._inlined]
 
@@ -259,8 +285,6 @@ class _Tracer(fx.proxy.TracerBase):
             set_, other = changed_attributes(module, before)
             if other:
                 raise CannotTrace(f"its forward changes the attribute {other[0]!r}")
-            planted = self._attribute_proxies.values()
-            set_ = {n: v for n, v in set_.items() if not any(v is proxy for proxy in planted)}
             found |= {(path, name): value for name, value in set_.items()}
             for name, value in set_.items():
                 plain = self.trace.hints[value.node] if type(value) is HintProxy else value
@@ -426,9 +450,13 @@ class _Tracer(fx.proxy.TracerBase):
             self._attribute_proxies[id(tensor)] = HintProxy(node, self)
         return self._attribute_proxies[id(tensor)]
 
-    def looks_into(self, module: nn.Module) -> bool:
-        """Whether a module's code is part of the home's."""
-        return id(module) in self._inlined
+    def is_foreign(self, module: nn.Module) -> bool:
+        """Whether a module's code is not part of the home's, nor made by it."""
+        return id(module) not in self._inlined and not any(module is own for own in self._modules)
+
+    def makes(self, module: nn.Module) -> None:
+        """Note a module that the code makes: it looks into it when it calls it."""
+        self._modules.append(module)
 
     def _constant(self, value: Any) -> fx.Node:
         """The node of an object that the code reads: a child by its name, or a placeholder."""
@@ -510,7 +538,7 @@ class _Tracer(fx.proxy.TracerBase):
         kwargs: dict[str, Any],
     ) -> Any:
         """Note a call of a child, or look into it."""
-        if self.evaluating or self.looks_into(module):
+        if self.evaluating or not self.is_foreign(module):
             return original(module, *args, **kwargs)
         if id(module) not in self._names:
             raise CannotTrace(

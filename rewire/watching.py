@@ -6,6 +6,7 @@ traced: the model's own Python runs as always, whatever it does.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import networkx as nx
 import torch
@@ -21,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from rewire.errors import CannotTrace
-from rewire.isolation import isolated, training_mode
+from rewire.isolation import isolated, lend_fakes, training_mode
 from rewire.sides import cloned, structural_copy
 from rewire.structure import map_leaves, tensors_of
 
@@ -155,9 +157,25 @@ def watch_training(
 def _on_fakes(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool
 ) -> Watched:
+    try:
+        return _watched(model, args, kwargs, training, lend=True)
+    except Exception:  # the value of a parameter may be wanted, which a fake one does not have
+        return _watched(model, args, kwargs, training, lend=False)
+
+
+def _watched(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    training: bool,
+    *,
+    lend: bool,
+) -> Watched:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     faked = map_leaves(lambda leaf: as_fake(mode, leaf), (args, dict(kwargs)))
     with isolated(model), training_mode(model, training), mode, torch.enable_grad():
+        if lend:
+            lend_fakes(model, mode)
         watched = _record(model, *faked)
     watched.fake_mode = mode
     return watched
@@ -182,7 +200,10 @@ def _first_line(error: Exception) -> str:
 
 def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Watched:
     recorder = _Recorder(model, (args, kwargs))
-    with watched_calls(recorder.call), recorder:
+    apply = inspect.getattr_static(torch.autograd.Function, "apply")
+    applied = classmethod(recorder.applied(apply))
+    opaque = mock.patch.object(torch.autograd.Function, "apply", applied)
+    with watched_calls(recorder.call), opaque, recorder:
         model(*args, **kwargs)
     return recorder.watched
 
@@ -219,6 +240,7 @@ class _Recorder(TorchFunctionMode):
         self._alive: list[Tensor] = []  # so that no id is used twice
         self._storages: dict[int, list[Tensor]] = {}
         self._scope: list[int] = []
+        self._opaque = False
         constants = [*model.parameters(), *model.buffers()]
         self._constants = {id(tensor) for tensor in constants}
         self._known_inputs = {id(tensor) for tensor in tensors_of(inputs)}
@@ -249,6 +271,22 @@ class _Recorder(TorchFunctionMode):
             self.watched.results = {self._node(tensor) for tensor in tensors_of(result)}
         return result
 
+    def applied(self, descriptor: Any) -> Callable[..., Any]:
+        """`apply` of custom autograd functions: each is one operation, whatever is inside it."""
+        thread = threading.get_ident()
+
+        def watched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            original = descriptor.__get__(None, cls)
+            if threading.get_ident() != thread or self._opaque:
+                return original(*args, **kwargs)
+            self._opaque = True
+            try:
+                return self._noted("opaque", original, args, kwargs)
+            finally:
+                self._opaque = False
+
+        return watched_apply
+
     def _adopt(self, result: Any, arguments: Any, scope: int) -> None:
         """Results nobody saw being made (script modules, custom functions) depend on all inputs."""
         unknown = [t for t in tensors_of(result) if self._is_unknown(t)]
@@ -273,24 +311,31 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if self._opaque:
+            return func(*args, **kwargs)
+        return self._noted(getattr(func, "__name__", str(func)), func, args, kwargs)
+
+    def _noted(
+        self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a function and note what it makes and changes."""
         before = [(t, t._version) for t in tensors_of((args, kwargs)) if not t.is_inference()]
         result = func(*args, **kwargs)
         made = result if isinstance(result, (tuple, list)) else (result,)
         made = [item for item in made if isinstance(item, Tensor)]
         changed = [tensor for tensor, version in before if tensor._version != version]
         if made or changed:
-            self._note(func, args, kwargs, made, changed)
+            self._note(name, args, kwargs, made, changed)
         return result
 
     def _note(
         self,
-        func: Callable[..., Any],
+        name: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         made: list[Tensor],
         changed: list[Tensor],
     ) -> None:
-        name = getattr(func, "__name__", str(func))
         inputs = tensors_of((args, kwargs))
         if not changed and all(any(t is source for source in inputs) for t in made):
             return  # an identity: `x.to(x.dtype)`, dropout in eval mode
@@ -319,7 +364,7 @@ class _Recorder(TorchFunctionMode):
             self.watched.adds.setdefault(op.scope, []).append(node)
             op.scaled = "alpha" in kwargs or "out" in kwargs
         source = args[0] if args and isinstance(args[0], Tensor) else None
-        same_values = name not in ("detach", "__get__") and source is not None
+        same_values = name not in ("detach", "__get__", "opaque") and source is not None
         op.view = bool(
             same_values
             and source is not None

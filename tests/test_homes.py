@@ -267,3 +267,118 @@ def test_a_chain_goes_on_over_a_scale_and_a_bias() -> None:
     assert lengths(model, x) == [3]
     same_as_original(model, x, (x,))
     proven(model, x)
+
+
+# ---- what the code asks and makes --------------------------------------------------------
+
+
+class Windowed(nn.Module):
+    """Masks what it pads: a tensor made in forward, written into piece by piece."""
+
+    def __init__(self, window: int = 4) -> None:
+        super().__init__()
+        self.f, self.g, self.window = mlp(), mlp(), window
+
+    def mask(self, length: int) -> Tensor:
+        mask = torch.ones(length, 1, dtype=torch.float64)
+        for number, part in enumerate((slice(0, -2), slice(-2, None))):
+            mask[part] = number + 0.5
+        return mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        masked = self.f(x) * self.mask(x.shape[1]) if x.shape[1] % self.window else self.f(x)
+        x = x + masked
+        return x + self.g(x)
+
+
+def test_a_mask_made_and_written_into_at_some_sizes_only() -> None:
+    model, x = Loop(Windowed).double(), rows()
+    for example, other in ((x, x[:, :4]), (x[:, :4], x)):
+        assert lengths(model, example) == [6]
+        same_as_original(model, example, (example,), (other,), (x[:2, :5],), (example,))
+    proven(model, x)
+
+
+class Fold(nn.Module):
+    """A layer without parameters; what it does hangs on the number of dimensions."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 3:
+            return x.flatten(0, 1).unflatten(0, x.shape[:2]) * self.factor
+        return x * (self.factor if x.dim() == 2 else 0.5)
+
+
+class MakesLayers(nn.Module):
+    """Makes a layer in forward and calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + Fold(0.25)(self.f(x))
+        return x + Fold(0.75)(self.g(x))
+
+
+def test_a_layer_made_in_forward_and_inputs_of_other_dimensions() -> None:
+    model, x = Loop(MakesLayers).double(), rows()
+    assert lengths(model, x) == [6]
+    same_as_original(model, x, (x,), (x[0],), (x[None],), (x[:1],))
+    proven(model, x)
+
+
+class Indexed(nn.Module):
+    """Layers in lists, called by number; no activation follows the last sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, x: Tensor, index: int = 0) -> Tensor:
+        x = x + self.convs[index](x)
+        return x.relu() if index < 3 else x
+
+
+class CallsByNumber(nn.Module):
+    """Calls one module once for each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Indexed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in range(4):
+            x = self.layers(x, index)
+        return x
+
+
+def test_one_module_called_with_the_number_of_the_layer() -> None:
+    model, x = CallsByNumber().double(), rows()
+    same_as_original(model, x, (x,), (x[:1],))
+    proven(model, x)
+
+
+class NormalisesBatch(nn.Module):
+    """Whose code asks for more in train mode than in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.norm = nn.Linear(DIM, DIM), nn.BatchNorm1d(DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.batch_norm(
+            self.f(x).relu(),
+            self.norm.running_mean,
+            self.norm.running_var,
+            training=self.training,
+        )
+
+
+def test_an_example_of_one_is_enough() -> None:
+    model, x = Loop(NormalisesBatch).double().eval(), rows()[:, 0]
+    assert lengths(model, x[:1]) == [3]
+    proven(model, x)

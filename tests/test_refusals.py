@@ -148,30 +148,51 @@ def test_residual_of_residual() -> None:
         assert distance(found, gradients(rev, x)) < TOLERANCE
 
 
-def test_a_gradient_changed_between_homes_is_refused() -> None:
-    class Reverse(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.view_as(x)
+class Reverse(torch.autograd.Function):
+    """The same values, and the gradient's opposite."""
 
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:
-            return -gradient
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
 
-    class Adversarial(Loop):
-        def forward(self, x: Tensor) -> Any:
-            states = [x]
-            for block in self.blocks:
-                states.append(block(states[-1]))
-                if len(states) == 2 and self.training:
-                    states.append(Reverse.apply(states[-1]))
-            return states
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
 
+
+class Adversarial(Loop):
+    """Reverses the gradient between the first two blocks, where it is told to."""
+
+    reverses = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number == 0 and self.reverses:
+                x = Reverse.apply(x)
+        return x
+
+
+def adversarial() -> nn.Module:
     torch.manual_seed(0)
-    model, x = Adversarial(type("Block", (Block,), {"forward": option})).double(), rows()
-    rev = rewire.make_reversible(model.eval(), x).train()
+    return Adversarial(type("Block", (Block,), {"forward": option})).double()
+
+
+def test_a_gradient_changed_between_homes_cuts_the_chain() -> None:
+    model, x = adversarial(), rows().requires_grad_()
+    model.reverses = True  # type: ignore[assignment]
+    rev = rewire.make_reversible(model, x)
+    assert [len(chain) for chain in rewire.rewriting.plan_of(rev).chains] == [2]
+    found = gradients(rev, x)
+    with rewire.store_activations(rev):
+        assert distance(found, gradients(rev, x)) < TOLERANCE
+
+
+def test_a_gradient_changed_between_homes_after_planning_is_refused() -> None:
+    rev, x = rewire.make_reversible(adversarial(), rows()), rows().requires_grad_()
+    rev.reverses = True  # type: ignore[assignment]
     with pytest.raises(rewire.StreamMismatch):
-        rev(x.requires_grad_())
+        rev(x)
 
 
 @pytest.mark.parametrize("name", ["include", "exclude"])

@@ -35,7 +35,9 @@ from rewire.watching import watched_calls
 LIMIT = 1e-10  # relative error of a float64 gradient
 ROUNDING = 1e-12  # of float64 outputs whose sums are added up in another order
 # Why an add that is known to be residual is left alone: that it is none is no excuse.
-DECISIONS = "excluded", "cannot trace", "nested", "post-norm", "shared code", "too short"
+DECISIONS = {
+    "excluded", "cannot trace", "own backward", "nested", "post-norm", "shared code", "too short"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

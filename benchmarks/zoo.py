@@ -54,6 +54,9 @@ _LARGE = (
     "aimv2_large",
     "deepseek_vit",
     "mobilenetv5",
+    "sam2_hiera",
+    "qwen3_vit",
+    "SwinUNETR",
 )
 
 app = typer.Typer(add_completion=False, help=__doc__)

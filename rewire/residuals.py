@@ -71,6 +71,9 @@ def find_residuals(watched: Watched) -> tuple[list[Found], list[Skipped]]:
         if op.scaled and _adds_tensors(op, watched.ops):
             detail = "torch.add with alpha= or out= is not rewired; write x + a * F(x)"
             skipped.append(_left(watched, node, "scaled add", detail))
+        elif op.interior and _adds_tensors(op, watched.ops):
+            detail = "it is inside a custom autograd function, which has a backward of its own"
+            skipped.append(_left(watched, node, "own backward", detail))
     tops, inner = _sums(watched)
     for add in tops:
         terms = list(_terms(watched, add, inner))
@@ -89,8 +92,8 @@ def find_residuals(watched: Watched) -> tuple[list[Found], list[Skipped]]:
 
 
 def is_addition(op: Op, ops: list[Op]) -> bool:
-    """Whether an operation adds two floating tensors (and nothing more)."""
-    return _adds_tensors(op, ops) and not op.scaled
+    """Whether an operation of the model's graph adds two floating tensors (and nothing more)."""
+    return _adds_tensors(op, ops) and not op.scaled and not op.interior
 
 
 def _adds_tensors(op: Op, ops: list[Op]) -> bool:

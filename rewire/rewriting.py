@@ -262,7 +262,15 @@ def _register(home: nn.Module, chains: list[HomeChain]) -> None:
 
 def _nearest_miss(plan: Plan) -> str:
     """Why nothing was found, with the add that came closest."""
-    ranks = ("cannot trace", "too short", "post-norm", "nested", "excluded", "projection")
+    ranks = (
+        "cannot trace",
+        "own backward",
+        "too short",
+        "post-norm",
+        "nested",
+        "excluded",
+        "projection",
+    )
     rows = sorted(
         plan.skipped,
         key=lambda row: ranks.index(row.reason) if row.reason in ranks else len(ranks),

@@ -60,6 +60,7 @@ class Op:
             them alone, and tensors made from nothing.
         line: File and line of an addition.
         scaled: An addition with `alpha=` or `out=`.
+        interior: Runs inside a custom autograd function, which has its own backward.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Op:
     constant: bool = False
     line: str = ""
     scaled: bool = False
+    interior: bool = False
 
 
 @dataclass(slots=True)
@@ -98,7 +100,7 @@ class Watched:
         calls: Module calls, the model's own first.
         graph: Edges lead from operand to result.
         results: Nodes of the tensors that the model returned.
-        adds: The additions in the code of each call.
+        adds: The additions in the code of each call, interiors of autograd functions left out.
         fake_mode: The mode of the fake tensors, None where the run was real.
     """
 
@@ -240,7 +242,7 @@ class _Recorder(TorchFunctionMode):
         self._alive: list[Tensor] = []  # so that no id is used twice
         self._storages: dict[int, list[Tensor]] = {}
         self._scope: list[int] = []
-        self._opaque = False
+        self._interior = False
         constants = [*model.parameters(), *model.buffers()]
         self._constants = {id(tensor) for tensor in constants}
         self._known_inputs = {id(tensor) for tensor in tensors_of(inputs)}
@@ -272,18 +274,22 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def applied(self, descriptor: Any) -> Callable[..., Any]:
-        """`apply` of custom autograd functions: each is one operation, whatever is inside it."""
+        """`apply` of custom autograd functions: one operation each, with what is inside apart."""
         thread = threading.get_ident()
 
         def watched_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             original = descriptor.__get__(None, cls)
-            if threading.get_ident() != thread or self._opaque:
+            if threading.get_ident() != thread or self._interior:
                 return original(*args, **kwargs)
-            self._opaque = True
-            try:
-                return self._noted("opaque", original, args, kwargs)
-            finally:
-                self._opaque = False
+
+            def inside(*args: Any, **kwargs: Any) -> Any:
+                self._interior = True
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    self._interior = False
+
+            return self._noted("opaque", inside, args, kwargs)
 
         return watched_apply
 
@@ -311,8 +317,6 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._opaque:
-            return func(*args, **kwargs)
         return self._noted(getattr(func, "__name__", str(func)), func, args, kwargs)
 
     def _noted(
@@ -361,7 +365,8 @@ class _Recorder(TorchFunctionMode):
         op = self.watched.ops[node]
         if name in ADDITIONS:
             op.line = current_line()
-            self.watched.adds.setdefault(op.scope, []).append(node)
+            if not self._interior:
+                self.watched.adds.setdefault(op.scope, []).append(node)
             op.scaled = "alpha" in kwargs or "out" in kwargs
         source = args[0] if args and isinstance(args[0], Tensor) else None
         same_values = name not in ("detach", "__get__", "opaque") and source is not None
@@ -396,6 +401,7 @@ class _Recorder(TorchFunctionMode):
         shape, floating = tuple(tensor.shape), tensor.is_floating_point()
         constant = all(watched.ops[n].constant for n in operands if n is not None)
         op = Op(name, scope, operands, arguments, shape, floating, constant=constant)
+        op.interior = self._interior
         watched.ops.append(op)
         watched.graph.add_node(node)
         watched.graph.add_edges_from((source, node) for source in operands if source is not None)

@@ -44,6 +44,22 @@ def custom_function(self: Any, x: Tensor) -> Tensor:
     return x + Swish.apply(self.body(x))
 
 
+class Halving(torch.autograd.Function):
+    """x / 2, by a sum; half the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x + -(x.abs() * x.sign() / 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / 2
+
+
+def function_with_a_sum(self: Any, x: Tensor) -> Tensor:
+    return x + Halving.apply(self.body(x))
+
+
 def tail_that_draws(self: Any, x: Tensor) -> Tensor:
     return self.drop(functional.relu(x + self.body(x)))
 
@@ -83,7 +99,7 @@ def net(forward: Callable[[Any, Tensor], Tensor]) -> nn.Module:
     return Loop(kind).double().train()
 
 
-RIGHT = [custom_function, tail_that_draws, own_generator, option]
+RIGHT = [custom_function, function_with_a_sum, tail_that_draws, own_generator, option]
 REFUSED = [reads_after_change, decides_by_values, dropout_behind, keeps_a_list]
 
 
@@ -146,6 +162,15 @@ def test_residual_of_residual() -> None:
     found = gradients(rev, x)
     with rewire.store_activations(rev):
         assert distance(found, gradients(rev, x)) < TOLERANCE
+
+
+def test_a_sum_inside_an_autograd_function_is_in_the_list() -> None:
+    torch.manual_seed(0)
+    block = type("Block", (Block,), {"forward": function_with_a_sum})
+    plan = rewire.plan(nn.Sequential(*(block() for _ in range(3))), rows())
+    assert [len(chain) for chain in plan.chains] == [3]
+    assert [row.reason for row in plan.skipped] == ["own backward"] * 3
+    assert all("test_refusals.py" in row.line for row in plan.skipped)
 
 
 class Reverse(torch.autograd.Function):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,12 +96,18 @@ def crash() -> nn.Module:
     raise SystemExit(3)
 
 
+def hang() -> nn.Module:
+    """Takes longer than any model may."""
+    time.sleep(600)
+    raise AssertionError
+
+
 def driven(specimen: str, seconds: float) -> dict[str, str]:
     """A line as the driver gives it, from a process in which autograd has no threads yet."""
     code = f"""
 import json
 from benchmarks.zoo import examine_all
-from tests.test_zoo import Specimen, crash, small
+from tests.test_zoo import Specimen, crash, hang, small
 print(json.dumps(list(examine_all([{specimen}], 1, {seconds}))[0]))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -119,7 +126,7 @@ def test_a_model_is_examined_in_a_process_of_its_own() -> None:
     ("specimen", "seconds", "verdict"),
     [
         ('Specimen("tests", "dies", "tests", crash)', 120, "FAILED: its process ended"),
-        ("small()", 0.0, "FAILED: out of time"),
+        ('Specimen("tests", "hangs", "tests", hang)', 0.1, "FAILED: out of time"),
     ],
 )
 def test_a_process_that_dies_or_hangs_is_a_line_too(

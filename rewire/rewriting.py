@@ -14,11 +14,12 @@ from torch import fx, nn
 
 from rewire.coupling import Coupling, coupling_from
 from rewire.errors import NothingToRewire, RewireError
-from rewire.homes import HomeChain, HomeState, is_home, original_class, rewired_class
+from rewire.homes import is_home, rewired_class
 from rewire.links import Course
 from rewire.planning import coupled, inner_homes, modules_by_home, trunk_of
 from rewire.planning import plan as make_plan
 from rewire.plans import Chain, Plan, Residual
+from rewire.programs import HomeChain, HomeState, original_class
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -1,0 +1,298 @@
+"""The programs of a rewired home: traced as they are asked for, kept by what their code reads."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from rewire.errors import CannotTrace
+from rewire.extraction import Program
+from rewire.holdings import Holdings
+from rewire.isolation import isolated
+from rewire.links import Course
+from rewire.pieces import BranchCode
+from rewire.planning import program_for
+from rewire.plans import Residual
+from rewire.replay import autocast_state
+from rewire.reversible import ReversibleSequential
+from rewire.running import NormBranch
+from rewire.steps import Branch, Output
+from rewire.structure import flatten, map_leaves
+from rewire.tracing import CodeRaised
+from rewire.watching import own_copy
+
+_MOST_PROGRAMS = 64
+_SCALARS = (bool, int, float, str, type(None))
+_CONTAINERS = (dict, OrderedDict, list, tuple, set)
+
+
+class _Plain(threading.local):
+    """Set while a thread runs homes as their authors wrote them."""
+
+    active = False
+
+
+plain = _Plain()
+
+
+@contextmanager
+def plain_homes() -> Iterator[None]:
+    """Run rewired homes as their authors wrote them: they are being traced."""
+    before, plain.active = plain.active, True
+    try:
+        yield
+    finally:
+        plain.active = before
+
+
+class HomeBranch:
+    """A residual branch of a home: the tape's view of its code."""
+
+    def __init__(self, home: nn.Module, code: BranchCode) -> None:
+        self.name = code.name
+        self.home = home
+        self.code = code
+        self.holdings = Holdings()
+
+    @property
+    def training(self) -> bool:
+        """Whether the home is in train mode."""
+        return self.home.training
+
+    def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
+        """Run the branch's code on its home."""
+        return Output(*self.code.function(self.home, x, *sides))
+
+    def refresh(self) -> None:
+        """Look at the modules of the home again."""
+        roots = [_child(self.home, name) for name in self.code.modules]
+        read = ((_child(self.home, owner), name) for owner, name in self.code.attributes)
+        self.holdings.refresh(roots, [(m, name) for m, name in read if m is not None])
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {' → '.join(self.code.modules) or 'inline'}"
+
+
+def _child(home: nn.Module, name: str) -> nn.Module | None:
+    """A module below a home (`get_submodule` takes five times as long)."""
+    module: nn.Module | None = home
+    for part in name.split(".") if name else ():
+        module = None if module is None else module._modules.get(part)
+    return module
+
+
+class HomeChain(ReversibleSequential):
+    """The residual modules that one home has in a chain.
+
+    Holds names only until the home has run; the branches then are its code's.
+    """
+
+    def __init__(self, course: Course, sites: Sequence[tuple[int, ...]], names: Sequence[str]):
+        nn.Module.__init__(self)
+        self.course = course
+        self.sites = tuple(sites)
+        self.names = tuple(names)
+        self.branches = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "branches": []}
+
+    def forward(self, x: Tensor, *sides: Any) -> Tensor:
+        """Run these residual modules alone, as a chain of their own."""
+        if not self.branches:
+            raise CannotTrace(f"{self.names[0]}: run the model once, its branches are not traced")
+        alone = ReversibleSequential([partial(_only_branch, b) for b in self.branches])
+        result: Tensor = alone(x, *sides)
+        return result
+
+    def extra_repr(self) -> str:
+        """Chain, coupling, and each module with its place in the chain."""
+        rows = [super().extra_repr()]
+        for sites, name in zip(self.sites, self.names, strict=True):
+            places = ", ".join(str(site + 1) for site in sites)
+            rows.append(f"({places} of {len(self.course.sites)}) {name}")
+        return "\n".join(rows)
+
+
+def _only_branch(branch: Branch, x: Tensor, *sides: Any) -> Tensor:
+    return branch(x, sides).branch
+
+
+class Bound(NamedTuple):
+    """A program's branches, and the normalisations of their sums, on a home."""
+
+    branches: tuple[HomeBranch, ...]
+    norms: tuple[NormBranch | None, ...]
+    head_norms: tuple[NormBranch | None, ...]
+
+
+@dataclass(eq=False)
+class HomeState:
+    """What a rewired home knows: plain data, and programs that can be traced again."""
+
+    residuals: tuple[Residual, ...]
+    inner: tuple[str, ...]
+    trunk: str
+    chains: tuple[HomeChain, ...]
+    places: tuple[tuple[int, int], ...]  # for each residual: number of its chain, place in it
+    programs: dict[Any, list[tuple[Program, Any]]] = field(default_factory=dict, repr=False)
+    bound: dict[Program, Bound] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "programs": {}, "bound": {}}
+
+    def program(
+        self,
+        home: nn.Module,
+        arguments: Any,
+        leaves: list[Any],
+        spec: Any,
+        answers: Sequence[bool] = (),
+    ) -> Program:
+        """The program for these arguments, traced where there is none yet.
+
+        Args:
+            home: The module.
+            arguments: (args, kwargs).
+            leaves: Those of the arguments.
+            spec: Their structure.
+            answers: To the first questions of the code whether a tensor is true.
+        """
+        modes = torch.is_grad_enabled(), autocast_state("cpu"), torch.is_autocast_enabled("cuda")
+        key = spec, modes, original_class(type(home)).forward, self._flags(home)
+        for program, marks in self.programs.get(key, ()):
+            if marks == _marks_of(home, program) and program.suits(home, leaves, answers):
+                return program
+        program = self._trace(home, arguments, answers)
+        if sum(map(len, self.programs.values())) >= _MOST_PROGRAMS:
+            self.programs.clear()
+            self.bound.clear()
+        self.programs.setdefault(key, []).append((program, _marks_of(home, program)))
+        return program
+
+    def _flags(self, home: nn.Module) -> tuple[Any, ...]:
+        """In which mode modules are, and how many hooks those have whose code is the home's."""
+        marks: list[Any] = [home.training]
+        marks += [None if child is None else child.training for child in home._modules.values()]
+        for name in self.residuals[0].inlined:
+            module = home.get_submodule(name)
+            marks += [module.training, len(module._forward_hooks) + len(module._forward_pre_hooks)]
+        return tuple(marks)
+
+    def _trace(self, home: nn.Module, arguments: Any, answers: Sequence[bool]) -> Program:
+        forward = original_class(type(home)).forward
+        trace = partial(
+            program_for,
+            home,
+            arguments,
+            self.residuals,
+            self.inner,
+            self.trunk,
+            forward=forward,
+            answers=answers,
+        )
+        leaves = flatten(arguments)[0]
+        fake = next((leaf for leaf in leaves if isinstance(leaf, FakeTensor)), None)
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if fake is None else fake.fake_mode
+        with plain_homes(), hidden_chains(home):
+            try:
+                return trace(mode=mode)
+            except CannotTrace as error:
+                try:
+                    return trace(mode=None)
+                except CannotTrace as second:
+                    if answers and isinstance(second, CodeRaised) and second.__cause__:
+                        raise second.__cause__ from None  # the code's own error for that answer
+                    if isinstance(second, CodeRaised):
+                        _raise_own(home, arguments)
+                    where = self.residuals[0].home or "the model"
+                    raise CannotTrace(
+                        f"{where}: called in a new way, its code cannot be rewired: {error}. "
+                        "Keep it out with `exclude=`."
+                    ) from error
+
+    def branches(self, home: nn.Module, program: Program) -> Bound:
+        """The program's branches and normalisations on this home."""
+        bound = self.bound.get(program)
+        if bound is None or bound.branches[0].home is not home:
+            branches = tuple(HomeBranch(home, code) for code in program.branches)
+            norms, heads = (
+                tuple(NormBranch(HomeBranch(home, code)) if code else None for code in codes)
+                for codes in (program.norms, program.head_norms)
+            )
+            bound = Bound(branches, norms, heads)
+            self.bound[program] = bound
+            for number, chain in enumerate(self.chains):
+                places = zip(self.places, branches, strict=True)
+                chain.branches = [branch for (owner, _), branch in places if owner == number]
+        return bound
+
+
+def _marks_of(home: nn.Module, program: Program) -> list[Any]:
+    """What the code of a program would see of its modules now."""
+    found = ((_child(home, path), name) for path, name in program.reads)
+    known = ((module, name) for module, name in found if module is not None)
+    return [mark for module, name in known for mark in (name, *_marks(module, name))]
+
+
+def _marks(module: nn.Module, name: str) -> Iterable[Any]:
+    """What plain code may see of an attribute: a flag, number, string or function.
+
+    Those in a container or object, one level down; what a registry holds; whether a parameter,
+    buffer, child or tensor is there, and not None.
+    """
+    if name not in module.__dict__:
+        registries = (module._parameters, module._buffers, module._modules)
+        return next(((r[name] is None,) for r in registries if name in r), ("absent",))
+    value = module.__dict__[name]
+    kind = type(value)
+    if kind in _SCALARS:
+        return (value,)
+    if name in ("_parameters", "_buffers", "_modules"):
+        return tuple(value)
+    if isinstance(value, Tensor):
+        return ("tensor",)
+    if kind in _CONTAINERS:
+        return (len(value), *_scalars_among(value.values() if isinstance(value, dict) else value))
+    if callable(value):
+        return (id(value),)
+    return _scalars_among(vars(value).values()) if hasattr(value, "__dict__") else ()
+
+
+def _scalars_among(items: Iterable[Any]) -> Iterable[Any]:
+    return (item for item in items if type(item) in _SCALARS)
+
+
+def _raise_own(home: nn.Module, arguments: Any) -> None:
+    """Raise what the original raises on these arguments, if it does: `ValueError("too long")`."""
+    args, kwargs = map_leaves(own_copy, arguments)
+    with isolated(home), torch.no_grad():
+        original_class(type(home)).forward(home, *args, **kwargs)
+
+
+@contextmanager
+def hidden_chains(home: nn.Module) -> Iterator[None]:
+    """Hide the chains among a home's children from code that goes through its children."""
+    children = dict(home._modules)
+    chains = {name for name, child in children.items() if isinstance(child, HomeChain)}
+    for name in chains:
+        del home._modules[name]
+    try:
+        yield
+    finally:
+        for name in chains:
+            home._modules[name] = children[name]
+
+
+def original_class(cls: type) -> type[nn.Module]:
+    """The class a rewired home was made from; other classes as they are."""
+    return getattr(cls, "_rewired_from", cls)

@@ -85,8 +85,8 @@ class Examination:
 
 
 COLUMNS = """parameters inputs adds chains planned modules of_modules convert_seconds share outside
-    gradient_error dtype plain_eval plain_train plain_batch plain_size statistics keys left reason
-    seconds""".split()
+    gradient_error dtype exact autocast plain_eval plain_train plain_batch plain_size statistics
+    keys left reason seconds""".split()
 
 
 def examine(specimen: Specimen) -> Row:
@@ -108,6 +108,7 @@ def examine(specimen: Specimen) -> Row:
     if plan.chains:
         _share(result, specimen, model, plan, example)
         _plain_form(result, model, plan, example)
+        gradients_bit_by_bit(result, model, plan, example)
         _proof(result, model, plan, example)
     result.numbers["seconds"] = round(time.perf_counter() - start, 1)
     return result.row()
@@ -440,6 +441,58 @@ def _other_size(example: Example) -> Example | None:
 
     resized = mapped(example, other)
     return resized if changed else None
+
+
+# ---- exact mode --------------------------------------------------------------------------
+
+
+def gradients_bit_by_bit(
+    result: Examination, model: nn.Module, plan: rewire.Plan, example: Example
+) -> None:
+    """A training step's gradients in float32 and under autocast: the bits of the stored twin.
+
+    With gradients for the input in float32, without under autocast.
+    """
+    rev = rewire.make_reversible(model, plan=plan)
+    for name, half in {"exact": False, "autocast": True}.items():
+        if _trains(model, example, half):
+            with rewire.store_activations(rev):
+                wanted = _gradients(rev, example, half)
+            found = _gradients(rev, example, half)
+            result.check(name, all(map(_alike_bits, found, wanted)))
+        else:
+            result.check(name, None)
+
+
+def _trains(model: nn.Module, example: Example, half: bool) -> bool:
+    """Whether the original has gradients in this mode."""
+    try:
+        return bool(_gradients(model, example, half))
+    except Exception:  # whatever it is, it is the model's own
+        return False
+
+
+def _gradients(model: nn.Module, example: Example, half: bool) -> list[Tensor | None]:
+    """Of a training step: for all parameters, and without autocast for the inputs."""
+    given = mapped(example, lambda leaf: leaf.clone().requires_grad_(_takes_gradients(leaf, half)))
+    inputs = [t for t in tree_leaves((given.args, given.kwargs)) if isinstance(t, Tensor)]
+    leaves = [t for t in (*model.parameters(), *inputs) if t.requires_grad]
+    torch.manual_seed(0)
+    with _unchanged(model):
+        model.train()
+        with torch.autocast("cpu", torch.bfloat16, half):
+            output = _call(model, given)
+        ends = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        toward = [torch.randn_like(end) for end in ends]
+        return [*torch.autograd.grad(ends, leaves, toward, allow_unused=True)]
+
+
+def _takes_gradients(leaf: Tensor, half: bool) -> bool:
+    return leaf.is_floating_point() and not half
+
+
+def _alike_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else _alike(a, b, 0.0)
 
 
 # ---- proof -------------------------------------------------------------------------------

@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+import rewire
+from benchmarks.examination import Examination, gradients_bit_by_bit
 from benchmarks.menagerie import Specimen, specimens, truth
 from benchmarks.zoo import RECORD, examine_all, lost, read
 from benchmarks.zoo_tables import CONVERTED, markdown, summary
+from rewire.inputs import as_example
 from tests.specimens import SPECIMENS
 
 # Where finder and detector agree against the truth: benchmarks/README.md says why.
@@ -89,6 +92,19 @@ def small(name: str = "plus") -> Specimen:
     """A network of the tests as a model of the zoo."""
     spec = SPECIMENS["plus"]
     return Specimen("tests", name, "tests", spec.make, lambda: (spec.inputs().float(),))
+
+
+@pytest.mark.filterwarnings("ignore::rewire.drift.DriftWarning")
+def test_gradients_that_differ_in_a_bit_are_a_fault() -> None:
+    specimen, model = small(), SPECIMENS["plus"].make().float()
+    example = as_example(SPECIMENS["plus"].inputs().float())
+    found = {}
+    for precision in ("exact", "fast"):
+        result = Examination(specimen)
+        plan = rewire.plan(model, example, precision=precision)
+        gradients_bit_by_bit(result, model, plan, example)
+        found[precision] = result.numbers["exact"]
+    assert found == {"exact": "yes", "fast": "NO"}
 
 
 def crash() -> nn.Module:

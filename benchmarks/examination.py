@@ -156,7 +156,7 @@ def _compare(result: Examination, findings: Findings, plan: rewire.Plan) -> None
         "of_modules": sum(findings.lengths),
         "left": _counted(row.reason for row in plan.skipped),
     }
-    lost = [add for add in findings.adds if not mentioned(add, plan)]
+    lost = missed(findings, plan)
     if lost:
         result.faults.append(f"{len(lost)} adds missed, first {lost[0].owner} {lost[0].line}")
     alarms = [module for module in plan.modules if not exists(module, findings)]
@@ -181,11 +181,22 @@ def why_not(findings: Findings, plan: rewire.Plan) -> str:
     return f"{_counted(row.reason for row in rows)}: {rows[0].detail}"
 
 
-def mentioned(add: ResidualAdd, plan: rewire.Plan) -> bool:
-    """Whether a residual add is in a chain, or known as one and left alone for a reason."""
-    modules = any(_is(module, add) for module in plan.modules)
-    known = (row for row in plan.skipped if row.reason in DECISIONS)
-    return modules or any(_names(row, add) for row in known)
+def missed(findings: Findings, plan: rewire.Plan) -> list[ResidualAdd]:
+    """Residual adds that are neither in a chain nor known as one and left alone for a reason.
+
+    Each line of the plan's list is about one add of the code, however often the code runs.
+    """
+    known = [row for row in plan.skipped if row.reason in DECISIONS]
+    silent = []
+    for add in {add.key: add for add in findings.adds}.values():
+        if any(_is(module, add) for module in plan.modules):
+            continue
+        row = next((row for row in known if _names(row, add)), None)
+        if row is None:
+            silent.append(add)
+        else:
+            known.remove(row)
+    return silent
 
 
 def exists(module: rewire.Residual, findings: Findings) -> bool:
@@ -391,11 +402,16 @@ def _alike(a: Tensor, b: Tensor, limit: float) -> bool:
 def _outcome(model: nn.Module, example: Example, training: bool) -> list[Tensor]:
     with _unchanged(model), torch.set_grad_enabled(training):
         model.train(training)
-        for seed in (torch.manual_seed, random.seed, numpy.random.seed):
-            seed(0)
+        _seed()
         output = _call(model, example)
         leaves = [t.detach().clone() for t in tree_leaves(output) if isinstance(t, Tensor)]
         return [*leaves, *(b.clone() for b in model.buffers())]
+
+
+def _seed() -> None:
+    """Dropout is the same, and which layers are dropped."""
+    for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+        seed(0)
 
 
 def _call(model: nn.Module, example: Example) -> Any:
@@ -477,9 +493,9 @@ def _gradients(model: nn.Module, example: Example, half: bool) -> list[Tensor | 
     given = mapped(example, lambda leaf: leaf.clone().requires_grad_(_takes_gradients(leaf, half)))
     inputs = [t for t in tree_leaves((given.args, given.kwargs)) if isinstance(t, Tensor)]
     leaves = [t for t in (*model.parameters(), *inputs) if t.requires_grad]
-    torch.manual_seed(0)
     with _unchanged(model):
         model.train()
+        _seed()
         with torch.autocast("cpu", torch.bfloat16, half):
             output = _call(model, given)
         ends = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]

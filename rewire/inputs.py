@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,6 @@ _CLIPS = ((16, 224), (16, 112), (8, 224), (32, 224), (32, 112), (8, 64), (4, 32)
 _LENGTHS = (16, 64, 77, 128, 8, 512)
 _WIDTHS = ("in_features", "in_channels", "num_features", "num_channels", "embed_dim", "input_size")
 _INPUTS = ("decoder_input_ids", "input_ids", "pixel_values", "input_features", "input_values")
-_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")  # logs shapes that do not fit
 
 
 @dataclass(frozen=True)
@@ -427,15 +425,11 @@ def _run(model: nn.Module, candidate: _Candidate, batch: int, *, fake: bool) -> 
         example = _example(model, candidate, batch, empty=fake)
         if isinstance(mode, fakes.FakeTensorMode):
             lend_fakes(model, mode)
-        level = _LOGGER.level
-        _LOGGER.setLevel(logging.CRITICAL)
         try:
             with warnings.catch_warnings(action="ignore"):
                 model(*example.args, **example.kwargs)
         except Exception as error:
             return error.with_traceback(None)
-        finally:
-            _LOGGER.setLevel(level)
     return None
 
 

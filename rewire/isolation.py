@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import random
 import sys
 import types
@@ -36,6 +37,7 @@ _CHECKPOINTS = (
 )
 # What a fake tensor cannot answer: a value, a data-dependent size.
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
 
 
@@ -68,7 +70,8 @@ def _nothing_around(*_: Any, **__: Any) -> Iterator[None]:
 def isolated(model: nn.Module) -> Iterator[None]:
     """Undo, on leaving, whatever running `model` did to it and to the generators.
 
-    Forward hooks of its modules do not run: they may store what they see.
+    Forward hooks of its modules do not run: they may store what they see. What torch logs of
+    shapes that do not fit is not heard: who runs the model says what went wrong.
 
     Restored, also after an exception: attributes of every module (plain lists, dicts and
     sets one level deep; deeper, and in objects of other classes, what fake tensors came
@@ -84,12 +87,15 @@ def isolated(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     caches = [(cache, cache.cache_info().misses) for cache in _lru_caches(model)]
     states = random.getstate(), numpy.random.get_state(), all_rng_states()
+    level = _LOGGER.level
+    _LOGGER.setLevel(logging.CRITICAL)
     for module in model.modules():
         for name in _HOOKS:
             module.__dict__[name] = OrderedDict()
     try:
         yield
     finally:
+        _LOGGER.setLevel(level)
         for module, before in attributes:
             restore(module, before)
         for holder, content in inside:

@@ -34,6 +34,7 @@ from rewire.watching import watched_calls
 
 LIMIT = 1e-10  # relative error of a float64 gradient
 ROUNDING = 1e-12  # of float64 outputs whose sums are added up in another order
+_MOST_PARAMETERS = 640_000_000  # in float64, with gradients, that 24 GB hold
 # Why an add that is known to be residual is left alone: that it is none is no excuse.
 DECISIONS = {
     "excluded", "cannot trace", "own backward", "nested", "post-norm", "shared code", "too short"
@@ -517,11 +518,13 @@ def _alike_bits(a: Tensor | None, b: Tensor | None) -> bool:
 def _proof(result: Examination, model: nn.Module, plan: rewire.Plan, example: Example) -> None:
     """`rewire.verify` in float64, in place: the model is not needed any more.
 
-    A few networks have no float64 (kernels of their own, masks that become NaN): in float32 they
-    must give the twin's gradients bit for bit, as exact mode promises.
+    A few networks have no float64 (kernels of their own, masks that become NaN, too many
+    parameters for the machine): in float32 they must give the twin's gradients bit for bit, as
+    exact mode promises.
     """
     verdict = None
-    if _runs(model.double(), _cast(example, torch.float64)):
+    small = sum(p.numel() for p in model.parameters()) < _MOST_PARAMETERS
+    if small and _runs(model.double(), _cast(example, torch.float64)):
         with suppress(rewire.CannotTrace):  # e.g. a skip that is cast to float32, whatever it is
             verdict = _verified(model, plan, _cast(example, torch.float64))
     if verdict is None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rewire
-from benchmarks.examination import AsOriginal
+from benchmarks.outcomes import AsOriginal
 from rewire.profiling import LiveBytes, no_collection
 from tests.specimens import DIM, mlp, rows
 

@@ -11,16 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import rewire
-from benchmarks.examination import (
-    Examination,
-    _compare,
-    as_original,
-    examine,
-    exists,
-    missed,
-)
+from benchmarks.examination import Examination, _compare, examine
 from benchmarks.finder import Findings, find
+from benchmarks.judging import exists, missed
 from benchmarks.menagerie import Specimen
+from benchmarks.outcomes import as_original
 from tests.specimens import DIM, SPECIMENS, Loop, mlp, rows
 
 
@@ -216,7 +211,7 @@ def test_an_examination_from_the_model_to_its_verdict() -> None:
 
 def test_an_examination_sees_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain form that is not the original: here because its coupling is another."""
-    monkeypatch.setattr("benchmarks.examination.AsOriginal", lambda: rewire.Consistent(1 / 2))
+    monkeypatch.setattr("benchmarks.outcomes.AsOriginal", lambda: rewire.Consistent(1 / 2))
     spec = SPECIMENS["plus"]
     row = examine(Specimen("tests", "loop", "loop", spec.make, lambda: (spec.inputs().float(),)))
     assert row["verdict"].startswith("FAILED: plain_eval")

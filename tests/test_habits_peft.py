@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rewire
-from benchmarks.examination import AsOriginal
+from benchmarks.outcomes import AsOriginal
 from rewire.rewriting import is_rewired
 from rewire.tape import watch_repeats
 from tests.exactness import as_found, assert_same_bits

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rewire
-from benchmarks.examination import AsOriginal
+from benchmarks.outcomes import AsOriginal
 from rewire.rewriting import is_rewired, plan_of
 from rewire.structure import tensors_of
 from tests.exactness import as_found, assert_as_stored, assert_same_bits, courses, some

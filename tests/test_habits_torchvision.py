@@ -17,7 +17,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import misc
 
 import rewire
-from benchmarks.examination import AsOriginal
+from benchmarks.outcomes import AsOriginal
 from rewire.rewriting import plan_of
 from tests.exactness import assert_as_stored, assert_same_bits
 from tests.networks import perceptron, rows

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import rewire
-from benchmarks.examination import AsOriginal
+from benchmarks.outcomes import AsOriginal
 from rewire.rewriting import is_rewired
 from rewire.tape import watch_repeats
 from tests.exactness import as_found, assert_as_stored, assert_same_bits, some

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 import rewire
-from benchmarks.examination import AsOriginal
+from benchmarks.outcomes import AsOriginal
 from tests.specimens import DIM, Loop, mlp, rows
 from tests.test_zoo_finds import lengths, proven
 

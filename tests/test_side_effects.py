@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rewire
-from benchmarks.examination import AsOriginal
+from benchmarks.outcomes import AsOriginal
 from rewire.reversible import ReversibleSequential
 from tests.specimens import DIM, mlp, rows
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig, LlamaModel, StaticCache
 
 import rewire
-from benchmarks.examination import AsOriginal
+from benchmarks.outcomes import AsOriginal
 from rewire.errors import NotRepeatable
 from tests.specimens import DIM, Loop, mlp, rows
 

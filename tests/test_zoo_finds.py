@@ -14,7 +14,7 @@ from torch.ao import quantization
 from torch.nn.utils import parametrizations
 
 import rewire
-from benchmarks.examination import AsOriginal
+from benchmarks.outcomes import AsOriginal
 from tests.specimens import DIM, Loop, mlp, rows
 
 

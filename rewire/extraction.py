@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from rewire.codegen import compiled
 from rewire.errors import CannotLink, CannotTrace
-from rewire.pieces import BranchCode, Piece, compiled
+from rewire.pieces import BranchCode, Piece
 from rewire.plans import Residual
 from rewire.structure import Spec
 from rewire.traces import (

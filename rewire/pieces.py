@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rewire.codegen import compiled
 from rewire.errors import CannotLink, CannotTrace
 from rewire.plans import Residual
 from rewire.traces import (
@@ -318,10 +319,10 @@ class Piece:
 
 def _as_code(name: str, graph: fx.Graph) -> BranchCode:
     """A graph as code, with the modules, parameters and buffers that it reads."""
-    function, source = compiled(graph)
     handed = {n for n in graph.nodes if n.op == "get_attr" and n.meta.get("module")}
     called = [str(n.target) for n in graph.nodes if n.op == "call_module" or n in handed]
     read = [str(n.target).rpartition(".") for n in graph.nodes if n.op == "get_attr"]
+    function, source = compiled(graph)
     attributes = tuple(dict.fromkeys((owner, attribute) for owner, _, attribute in read))
     return BranchCode(name, function, tuple(dict.fromkeys(called)), attributes, source)
 
@@ -343,26 +344,3 @@ def _copy_tail(
                 copies[between] = graph.node_copy(between, copies.__getitem__)
         x = graph.node_copy(node, copies.__getitem__)
     return x
-
-
-def compiled(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
-    """A function (home, *placeholders) from a graph."""
-    for node in graph.nodes:
-        if node.name == "self":  # a child of that name; the code calls the home so
-            node._rename("self_child")
-    code = graph.python_code(root_module="self")
-    return _function(code.src, _Globals(code.globals)), code.src
-
-
-class _Globals(dict[str, Any]):
-    """A function's globals, hashable by content so that equal blocks share their code."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(sorted(self)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _function(source: str, names: _Globals) -> Callable[..., Any]:
-    scope = dict(names)
-    exec(compile(source, "<rewire>", "exec"), scope)
-    return scope["forward"]  # type: ignore[no-any-return]

@@ -382,3 +382,51 @@ def test_an_example_of_one_is_enough() -> None:
     model, x = Loop(NormalisesBatch).double().eval(), rows()[:, 0]
     assert lengths(model, x[:1]) == [3]
     proven(model, x)
+
+
+# ---- what children are handed ------------------------------------------------------------
+
+
+class Recorder(nn.Module):
+    """A branch that can note what it sees in a dict or list that it is handed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.records = mlp(), False
+
+    def forward(self, x: Tensor, notes: Any) -> Tensor:
+        if self.records:
+            notes["seen" if isinstance(notes, dict) else 0] = x
+        result: Tensor = self.body(x)
+        return result
+
+
+class Recording(nn.Module):
+    """A residual module that hands its branch a dict of its own, or the caller's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = Recorder()
+
+    def forward(self, x: Tensor, notes: Any = None) -> Tensor:
+        notes = {"seen": None} if notes is None else notes
+        return x + self.branch(x, notes)
+
+
+class Noted(Loop):
+    """Hands on what it is given beside x."""
+
+    def forward(self, x: Tensor, *notes: Any) -> Tensor:
+        for block in self.blocks:
+            x = block(x, *notes)
+        return x
+
+
+@pytest.mark.parametrize("notes", [(), ({"seen": None},), ([0, 1],)])
+def test_a_child_that_begins_to_write_into_what_it_is_handed(notes: Any) -> None:
+    model = Noted(Recording).double()
+    rev = rewire.make_reversible(model, (rows(), *notes))
+    rev(rows(), *notes).sum().backward()
+    rev.blocks[1].branch.records = True  # type: ignore[index, union-attr]
+    with pytest.raises(rewire.CannotTrace, match="changes a list or dict"):
+        rev(rows(), *notes)

@@ -25,6 +25,7 @@ from rewire.traces import (
     is_after_effect,
     is_whole_view,
     needed_nodes,
+    objects_touched,
     only_operand,
     same_value,
     spelled,
@@ -179,6 +180,11 @@ class _Outer:
         self.tails: dict[fx.Node, int] = {}
         self.pieces = pieces
         self.emitted: set[int] = set()
+        self.touching: dict[int, list[fx.Node]] = {}  # who is handed an object, in order
+        self.touched: dict[int, list[fx.Node]] = {}  # the same in the code that is written here
+        for node in trace.graph.nodes:
+            for key in objects_touched(trace, node):
+                self.touching.setdefault(key, []).append(node)
         self.norms = {piece.norm: n for n, piece in enumerate(pieces) if piece.norm is not None}
         self.heads = {p.head_norm: n for n, p in enumerate(pieces) if p.head_norm is not None}
         for number, piece in enumerate(pieces):
@@ -200,6 +206,7 @@ class _Outer:
         found = []
         for node in self.trace.graph.nodes:
             if node in self.needed and node not in self.hidden:
+                self._emit_branches_before(node)
                 self._emit(node)
             if node in self.trace.asked:
                 new = self._wanted(node)
@@ -211,7 +218,32 @@ class _Outer:
             for output in self.trace.outputs
         ]
         self.graph.output(tuple(outputs))
+        self._check_turns()
         return (*found, self._compiled((), None))
+
+    def _emit_branches_before(self, node: fx.Node) -> None:
+        """Run the branches that are handed an object before a node is handed it."""
+        for key in objects_touched(self.trace, node):
+            for before in self.touching[key]:
+                if before is node:
+                    break
+                if before in self.hidden:
+                    self._emit_step(self.hidden[before])
+
+    def _check_turns(self) -> None:
+        """An object is handed on in the order of the home's own code."""
+        for key, nodes in self.touching.items():
+            found = self.touched.get(key, [])
+            for node, now in zip((node for node in nodes if node in found), found, strict=True):
+                if node is not now:
+                    raise CannotTrace(
+                        f"{spelled(node)} and {spelled(now)} are handed the same object, and "
+                        "one of them, in a residual branch, would not run in its turn"
+                    )
+
+    def _touch(self, node: fx.Node) -> None:
+        for key in objects_touched(self.trace, node):
+            self.touched.setdefault(key, []).append(node)
 
     def _wanted(self, question: fx.Node) -> list[fx.Node]:
         """What this stretch has computed and the code behind a question may read.
@@ -255,6 +287,7 @@ class _Outer:
             for source in node.all_input_nodes:
                 self._emit(source)
             self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
+            self._touch(node)
         if node not in self.copies:
             raise CannotTrace(
                 f"{self.pieces[self.hidden[node]].residual.name} and another residual module read "
@@ -269,6 +302,9 @@ class _Outer:
         piece = self.pieces[number]
         entry, *sides = [self._emit(node) for node in (piece.entry, *piece.sides())]
         step = self.graph.call_method("step", (self.run, number, entry, *sides))
+        for node in self.trace.graph.nodes:
+            if node in piece.region:
+                self._touch(node)
         leaving = [piece.sum, *piece.sideways()]
         for position, node in enumerate(leaving):
             self.copies[node] = self.graph.call_function(operator.getitem, (step, position))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import operator
+import types
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from rewire.errors import CannotTrace, NotRepeatable
@@ -100,6 +103,9 @@ def storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+_UNCHANGEABLE: tuple[type, ...] = (bool, int, float, str, type(None), type, enum.Enum)
+_UNCHANGEABLE += (torch.dtype, torch.device, types.FunctionType, types.MethodType)
+_UNCHANGEABLE += (Tensor, tuple, list, dict, set)  # those have rules of their own
 _PURE = (operator.getitem, getattr, len, bool, int, float, operator.index)
 
 
@@ -111,18 +117,18 @@ def needed_nodes(trace: Trace) -> set[fx.Node]:
         pure = node.op in ("placeholder", "get_attr") or is_after_effect(node)
         pure = pure or (node.op == "call_function" and node.target in _PURE)
         pure = pure or not isinstance(trace.hints[node], (Tensor, type(None), tuple, list, dict))
-        pure = pure and not _touches_objects(trace, node)
+        pure = pure and not objects_touched(trace, node)
         if node in needed or node in trace.mutations or not pure:
             needed.update((node, *node.all_input_nodes))
     return needed
 
 
-def _touches_objects(trace: Trace, node: fx.Node) -> bool:
-    """Whether a method or child is handed an object of a class of the user's, which may change."""
+def objects_touched(trace: Trace, node: fx.Node) -> frozenset[int]:
+    """Objects of classes of the user's that a method or child is handed, and may change."""
     if node.op not in ("call_method", "call_module"):
-        return False
-    known = (Tensor, bool, int, float, str, tuple, list, dict, set, type(None), type)
-    return any(not isinstance(trace.hints[source], known) for source in node.all_input_nodes)
+        return frozenset()
+    hints = [trace.hints[source] for source in node.all_input_nodes]
+    return frozenset(id(hint) for hint in hints if not isinstance(hint, _UNCHANGEABLE))
 
 
 def ancestors(nodes: Iterable[fx.Node], until: Collection[fx.Node] = ()) -> frozenset[fx.Node]:

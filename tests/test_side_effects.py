@@ -240,3 +240,92 @@ def test_a_list_that_is_handed_back_is_the_callers_own() -> None:
     seen: list[int] = []
     rev(rows(), seen)
     assert seen == [0, 1, 2]
+
+
+# ---- objects that are handed from child to child -----------------------------------------
+
+
+class Memory:
+    """What children hand each other, in an object of the user's."""
+
+    def __init__(self) -> None:
+        self.sums: list[float] = []
+
+
+class Writes(nn.Module):
+    """A branch that notes what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        y: Tensor = self.body(x)
+        memory.sums.append(float(y.detach().sum()) if type(y.detach()) is Tensor else 0.0)
+        return y
+
+
+class Reads(nn.Module):
+    """Gives what was noted so far, as often as it was."""
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        return x.new_tensor([len(memory.sums)]).expand(1) + 0 * x.sum()
+
+
+class Remembers(nn.Module):
+    """Hands one object to its branch and to a child beside it."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.writes, self.reads, self.order = Writes(), Reads(), order
+        self.register_buffer("zero", torch.zeros(DIM))
+
+    def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        if self.order == "before":
+            seen = self.reads(x, memory)
+            return x + self.writes(x, memory), seen
+        if self.order == "within":
+            f = self.writes(x, memory)
+            seen = self.reads(x, memory)
+            return x + self.writes(f, memory) * seen, seen
+        if self.order == "torn":
+            f = self.writes(x, memory)
+            seen = self.reads(self.zero, memory)
+            return x + self.writes(f, memory), seen
+        f = self.writes(x, memory)
+        if self.order == "between":
+            seen = self.reads(x, memory)
+            return x + f, seen
+        x = x + f
+        return x, self.reads(x, memory)
+
+
+class Remembering(nn.Module):
+    """A loop over blocks with a memory of its own in each call."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Remembers(order) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        memory, found = Memory(), []
+        for block in self.blocks:
+            x, seen = block(x, memory)
+            found.append(seen)
+        return x, torch.cat(found)
+
+
+@pytest.mark.parametrize("order", ["before", "within", "between", "behind"])
+def test_an_object_is_handed_on_in_order(order: str) -> None:
+    model = Remembering(order).double()
+    plain = rewire.make_reversible(model, rows(), coupling=AsOriginal())
+    x = rows()
+    (y, found), (z, wanted) = plain(x), model(x)
+    assert torch.equal(found, wanted)
+    assert torch.allclose(y, z, rtol=0, atol=1e-12)
+
+
+def test_an_object_handed_on_in_the_middle_of_a_branch_is_refused() -> None:
+    plan = rewire.plan(Remembering("torn").double(), rows())
+    assert not plan.chains
+    assert sum("handed the same object" in row.detail for row in plan.skipped) == 3

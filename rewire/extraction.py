@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rewire.codegen import compiled
 from rewire.errors import CannotLink, CannotTrace
@@ -24,6 +24,7 @@ from rewire.traces import (
     ancestors,
     is_after_effect,
     is_whole_view,
+    needed_nodes,
     only_operand,
     same_value,
     spelled,
@@ -44,13 +45,13 @@ class Program:
         tails: By number: the activation behind the sum, (home, x) -> T(x), or None.
         result: Structure of (result, values of `assigned`).
         assigned: The attributes that the code sets: names of the module, and of the attribute.
-        reads: The attributes that the code reads: names of the module, and of the attribute.
+        reads: The attributes that the code reads, as in `Trace`.
         constants: Objects the code reads.
         decide: (home, *constants, *leaves) -> what Python decided from sizes; None: nothing.
         decided: The values in the traced run.
         dims: Of each leaf that is a tensor the number of dimensions.
-        shapes: Shapes of the tensor leaves, and the other leaves, where decisions hang on shapes
-            inside: the program is then good for these only.
+        forms: What the leaves are like but for the values of tensors, where something hangs on
+            it that is not known before the code runs; else None.
     """
 
     outer: tuple[Stretch, ...]
@@ -60,23 +61,26 @@ class Program:
     tails: tuple[Callable[..., Any] | None, ...]
     result: Spec
     assigned: tuple[tuple[str, str], ...]
-    reads: tuple[tuple[str, str], ...]
+    reads: tuple[tuple[str | nn.Module, str], ...]
     constants: tuple[Any, ...]
     decide: Callable[..., Any] | None
     decided: tuple[Any, ...]
     dims: tuple[int | None, ...]
-    shapes: tuple[Any, ...] | None
+    forms: tuple[Any, ...] | None
 
     def suits(self, home: Any, leaves: Sequence[Any], answers: Sequence[bool]) -> bool:
         """Whether the code's decisions are the same for these arguments and first answers."""
         assumed = [stretch.answer for stretch in self.outer[: len(answers)]]
         if assumed != list(answers) or self.dims != dims_of(leaves):
             return False
-        if self.shapes is not None and self.shapes != shapes_of(leaves):
+        if self.forms is not None and self.forms != forms_of(leaves):
             return False
         if self.decide is None:
             return True
-        return tuple(self.decide(home, *self.constants, *leaves)) == self.decided
+        try:
+            return tuple(self.decide(home, *self.constants, *leaves)) == self.decided
+        except Exception:  # what the code would not have asked: `n > 0 and 10 % n == 0`
+            return False
 
     def left(self, number: int) -> set[str]:
         """Names of the values that the stretches from `number` on take from those before."""
@@ -100,10 +104,12 @@ def dims_of(leaves: Iterable[Any]) -> tuple[int | None, ...]:
     return tuple(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves)
 
 
-def shapes_of(leaves: Iterable[Any]) -> tuple[Any, ...]:
-    """Shapes of the tensors among `leaves`, and the numbers."""
+def forms_of(leaves: Iterable[Any]) -> tuple[Any, ...]:
+    """All of the tensors among `leaves` but their values, and the numbers."""
     return tuple(
-        tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf
+        (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad)
+        if isinstance(leaf, Tensor)
+        else (type(leaf), leaf)
         for leaf in leaves
         if isinstance(leaf, (Tensor, int, float))
     )
@@ -132,6 +138,7 @@ def extract(
         pieces.append(Piece(trace, residual, pieces, homes, trunk, following))
     _untangle(trace, pieces)
     _sink(trace, pieces)
+    _check_sums(trace, pieces)
     _check_mutations(trace, pieces)
     _check_exits(trace, pieces, homes)
     _check_questions(trace, pieces)
@@ -140,12 +147,12 @@ def extract(
     heads = tuple(piece.norm_code(piece.head_norm) for piece in pieces)
     tails = tuple(piece.tail_code() for piece in pieces)
     outer = Outer(trace, pieces).stretches()
-    decide, decided, shapes = _decisions(trace)
+    decide, decided, forms = _decisions(trace)
     constants = tuple(trace.constants.values())
     code = branches, norms, heads, tails
-    found = trace.result, trace.assigned, tuple(sorted(trace.reads))
+    found = trace.result, trace.assigned, tuple(trace.reads)
     dims = dims_of(trace.hints[node] for node in trace.inputs)
-    return Program(outer, *code, *found, constants, decide, decided, dims, shapes)
+    return Program(outer, *code, *found, constants, decide, decided, dims, forms)
 
 
 def _untangle(trace: Trace, pieces: list[Piece]) -> None:
@@ -186,6 +193,23 @@ def _sink(trace: Trace, pieces: list[Piece]) -> None:
             piece = readers.pop()
             piece.region.add(node)
             owner[node] = piece
+
+
+def _check_sums(trace: Trace, pieces: list[Piece]) -> None:
+    """A sum is a new tensor: one made in place must not be seen through another's name for it."""
+    needed = needed_nodes(trace)
+    for piece in pieces:
+        for node in (*piece.adds, *piece.tail):
+            if trace.mutations.get(node, set()) & trace.kept:
+                raise CannotTrace(
+                    f"it adds in place ({spelled(node)}) to a tensor that a module keeps: write "
+                    "x = x + F(x)"
+                )
+            if any(is_after_effect(user) and user in needed for user in node.users):
+                raise CannotTrace(
+                    f"it adds in place ({spelled(node)}) and reads the sum through a view taken "
+                    "before: write x = x + F(x)"
+                )
 
 
 def _check_mutations(trace: Trace, pieces: list[Piece]) -> None:
@@ -252,7 +276,7 @@ def _check_questions(trace: Trace, pieces: list[Piece]) -> None:
 def _decisions(
     trace: Trace,
 ) -> tuple[Callable[..., Any] | None, tuple[Any, ...], tuple[Any, ...] | None]:
-    """The guards as a function of the arguments, or the shapes they are good for."""
+    """The guards as a function of the arguments, or the forms of arguments they are good for."""
     if not trace.guards:
         return None, (), None
     nodes = [node for node, _ in trace.guards]
@@ -265,7 +289,7 @@ def _decisions(
         leaves = [trace.hints[node] for node in trace.inputs]
         if reads := values_read(trace, needed):
             raise CannotTrace(f"its forward decides by the values of a tensor: {spelled(reads)}")
-        return None, (), shapes_of(leaves)
+        return None, (), forms_of(leaves)
     graph = fx.Graph()
     copies = {n: graph.node_copy(n) for n in (*trace.constants, *trace.inputs)}
     for node in trace.graph.nodes:

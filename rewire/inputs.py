@@ -426,7 +426,8 @@ def _run(model: nn.Module, candidate: _Candidate, batch: int, *, fake: bool) -> 
         if isinstance(mode, fakes.FakeTensorMode):
             lend_fakes(model, mode)
         try:
-            with warnings.catch_warnings(action="ignore"):
+            eager = torch.compiler.set_stance("force_eager")
+            with eager, warnings.catch_warnings(action="ignore"):
                 model(*example.args, **example.kwargs)
         except Exception as error:
             return error.with_traceback(None)

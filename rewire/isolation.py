@@ -7,8 +7,8 @@ import logging
 import random
 import sys
 import types
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -29,6 +29,7 @@ from rewire.replay import all_rng_states, set_rng_states
 from rewire.sides import SHARED
 
 Snapshot = dict[str, tuple[Any, Any]]
+_GLOBAL_HOOKS = "_global_forward_hooks", "_global_forward_pre_hooks"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What `torch.utils.checkpoint.checkpoint` puts around a function, in one torch or another.
 _CHECKPOINTS = (
@@ -38,6 +39,7 @@ _CHECKPOINTS = (
 # What a fake tensor cannot answer: a value, a data-dependent size.
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
+_MOST_ITEMS = 1000  # of a container at the top of a file; larger ones are tables
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
 
 
@@ -67,53 +69,71 @@ def _nothing_around(*_: Any, **__: Any) -> Iterator[None]:
 
 
 @contextmanager
-def isolated(model: nn.Module) -> Iterator[None]:
+def isolated(model: nn.Module, more: Iterable[Tensor] = ()) -> Iterator[None]:
     """Undo, on leaving, whatever running `model` did to it and to the generators.
 
-    Forward hooks of its modules do not run: they may store what they see. What torch logs of
-    shapes that do not fit is not heard: who runs the model says what went wrong.
+    Forward hooks, the modules' own and torch's for all modules, do not run: they may store what
+    they see. What torch logs of shapes that do not fit is not heard: who runs
+    the model says what went wrong.
 
     Restored, also after an exception: attributes of every module (plain lists, dicts and
-    sets one level deep; deeper, and in objects of other classes, what fake tensors came
-    into), registered parameters, buffers, children and hooks, training
-    flags, the random states of Python, NumPy and torch, and `functools.lru_cache`s of
-    the packages that define the model, which might otherwise hold fake tensors.
+    sets one level deep; deeper, in objects of other classes, in classes and at the top of the
+    files that define them, what fake tensors came into), registered parameters, buffers, children
+    and hooks, values of buffers and of tensors among the attributes, training flags, the random
+    states of Python, NumPy and torch, and `functools.lru_cache`s of the packages that define the
+    model, which might otherwise hold fake tensors.
 
     Args:
         model: The model that will be run.
+        more: Tensors besides buffers whose values are restored: parameters, if it runs on them.
     """
-    attributes = [(module, snapshot(module)) for module in model.modules()]
-    inside = [(holder, _content(holder).copy()) for holder in _holders(model)]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
-    caches = [(cache, cache.cache_info().misses) for cache in _lru_caches(model)]
-    states = random.getstate(), numpy.random.get_state(), all_rng_states()
-    level = _LOGGER.level
-    _LOGGER.setLevel(logging.CRITICAL)
-    for module in model.modules():
-        for name in _HOOKS:
-            module.__dict__[name] = OrderedDict()
-    try:
+    with ExitStack() as stack:
+        _restore_at_the_end(stack, model, more)
+        _LOGGER.setLevel(logging.CRITICAL)
+        for name in _GLOBAL_HOOKS:
+            stack.enter_context(mock.patch.dict(getattr(nn.modules.module, name), clear=True))
+        for module in model.modules():
+            module.__dict__.update({name: OrderedDict() for name in _HOOKS})
         yield
-    finally:
-        _LOGGER.setLevel(level)
-        for module, before in attributes:
-            restore(module, before)
-        for holder, content in inside:
-            _take_fakes_out(holder, content)
-        _write_back(buffers)
-        for cache, misses in caches:
-            if cache.cache_info().misses != misses:
-                cache.cache_clear()
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
-        set_rng_states(states[2])
 
 
-def _write_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
+def _restore_at_the_end(stack: ExitStack, model: nn.Module, more: Iterable[Tensor]) -> None:
+    """Note how everything is; attributes are put back first, the random states last."""
+    stack.callback(
+        _set_random_states, random.getstate(), numpy.random.get_state(), all_rng_states()
+    )
+    for cache in _lru_caches(model):
+        stack.callback(_clear_if_used, cache, cache.cache_info().misses)
+    for tensor in (*model.buffers(), *_tensor_attributes(model), *more):
+        if not (tensor.is_meta or tensor.is_inference() or type(tensor) is FakeTensor):
+            stack.callback(_write_back, tensor, tensor.detach().clone(), tensor._version)
+    for holder in (*_holders(model), *_shared_holders(model)):
+        stack.callback(_take_fakes_out, holder, _content(holder).copy())
+    for module in model.modules():
+        stack.callback(restore, module, snapshot(module))
+    stack.callback(_LOGGER.setLevel, _LOGGER.level)
+
+
+def _tensor_attributes(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if type(value) is Tensor)
+
+
+def _write_back(tensor: Tensor, value: Tensor, version: int) -> None:
+    if tensor._version != version:
+        with torch.no_grad():
+            tensor.copy_(value)
+
+
+def _clear_if_used(cache: functools._lru_cache_wrapper[Any], misses: int) -> None:
+    if cache.cache_info().misses != misses:
+        cache.cache_clear()
+
+
+def _set_random_states(python: Any, arrays: Any, tensors: Any) -> None:
+    random.setstate(python)
+    numpy.random.set_state(arrays)
+    set_rng_states(tensors)
 
 
 @contextmanager
@@ -130,28 +150,31 @@ def training_mode(model: nn.Module, mode: bool) -> Iterator[None]:
 
 
 def lend_fakes(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Put fake twins in the place of parameters and buffers, until `isolated` puts these back.
+    """Put fake twins in the place of parameters, buffers and tensors among the attributes.
 
-    Operations on fake tensors alone are remembered by torch: they take a quarter of the time.
+    `isolated` puts those back. Operations on fake tensors alone are remembered by torch: they take
+    a quarter of the time.
     """
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        attributes: dict[str, Any] = module.__dict__
+        registries = attributes["_parameters"], attributes["_buffers"], attributes
         for registry in registries:
             for name, tensor in registry.items():
-                if type(tensor) in (nn.Parameter, Tensor) and _is_plain(tensor):
+                if type(tensor) in (nn.Parameter, Tensor) and _can_be_faked(tensor):
                     registry[name] = mode.from_tensor(tensor)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_inference()
+def _can_be_faked(tensor: Tensor) -> bool:
+    plain = tensor.layout is torch.strided and tensor.is_leaf
+    return plain and not tensor.is_meta and not tensor.is_inference()
 
 
 def snapshot(module: nn.Module) -> Snapshot:
     """Each attribute with, for plain containers, a copy of its content."""
     return {
-        name: (value, value.copy() if isinstance(value, (dict, list, set)) else None)
+        name: (value, value.copy() if isinstance(value, (dict, list, set, deque)) else None)
         for name, value in module.__dict__.items()
     }
 
@@ -186,7 +209,7 @@ def restore(module: nn.Module, before: Snapshot) -> None:
         if content is None or same_content(value, content):
             continue
         value.clear()
-        value.extend(content) if isinstance(value, list) else value.update(content)
+        value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
 
 
 # ---- what modules hold -------------------------------------------------------------------
@@ -205,6 +228,15 @@ def _holders(model: nn.Module) -> list[Any]:
             content = _content(item)
             todo.extend(content.values() if isinstance(content, dict) else content)
     return list(found.values())
+
+
+def _shared_holders(model: nn.Module) -> list[Any]:
+    """The containers that classes have as attributes, and their files at the top."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    own = [cls for cls in classes if cls.__module__.partition(".")[0] not in ("torch", "builtins")]
+    files = [sys.modules[name] for name in {cls.__module__ for cls in own} if name in sys.modules]
+    found = (value for holder in (*own, *files) for value in list(vars(holder).values()))
+    return [v for v in found if type(v) in CONTAINERS and len(v) <= _MOST_ITEMS]
 
 
 def _is_object(item: Any) -> bool:

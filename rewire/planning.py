@@ -17,7 +17,7 @@ from rewire.chaining import draft_chains, lost_in_training
 from rewire.coupling import Coupling, coupling_from
 from rewire.drafts import name_residuals
 from rewire.errors import CannotLink, CannotTrace, RewireError
-from rewire.extraction import Program, extract, shapes_of
+from rewire.extraction import Program, extract, forms_of
 from rewire.inputs import Example, as_example, example_for, one_more
 from rewire.isolation import own_surroundings, training_mode
 from rewire.links import PRECISIONS
@@ -302,7 +302,7 @@ def _distinct_calls(watched: Watched) -> dict[str, list[Call]]:
     calls: dict[str, dict[Any, Call]] = {}
     for call in watched.calls:
         leaves, spec = flatten(call.arguments)
-        calls.setdefault(call.name, {}).setdefault((spec, shapes_of(leaves)), call)
+        calls.setdefault(call.name, {}).setdefault((spec, forms_of(leaves)), call)
     return {name: list(found.values()) for name, found in calls.items()}
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +18,7 @@ from rewire.extraction import Program
 from rewire.holdings import Holdings
 from rewire.isolation import isolated
 from rewire.links import Course
+from rewire.marks import child_of, class_mark, marks_of
 from rewire.pieces import BranchCode
 from rewire.planning import program_for
 from rewire.plans import Residual
@@ -31,8 +31,7 @@ from rewire.tracing import CodeRaised
 from rewire.watching import own_copy
 
 _MOST_PROGRAMS = 64
-_SCALARS = (bool, int, float, str, type(None))
-_CONTAINERS = (dict, OrderedDict, list, tuple, set)
+_LOOKING = threading.RLock()  # tracing takes a home apart: one thread at a time looks on
 
 
 class _Plain(threading.local):
@@ -74,20 +73,12 @@ class HomeBranch:
 
     def refresh(self) -> None:
         """Look at the modules of the home again."""
-        roots = [_child(self.home, name) for name in self.code.modules]
-        read = ((_child(self.home, owner), name) for owner, name in self.code.attributes)
+        roots = [child_of(self.home, name) for name in self.code.modules]
+        read = ((child_of(self.home, owner), name) for owner, name in self.code.attributes)
         self.holdings.refresh(roots, [(m, name) for m, name in read if m is not None])
 
     def __repr__(self) -> str:
         return f"{self.name}: {' → '.join(self.code.modules) or 'inline'}"
-
-
-def _child(home: nn.Module, name: str) -> nn.Module | None:
-    """A module below a home (`get_submodule` takes five times as long)."""
-    module: nn.Module | None = home
-    for part in name.split(".") if name else ():
-        module = None if module is None else module._modules.get(part)
-    return module
 
 
 class HomeChain(ReversibleSequential):
@@ -167,17 +158,19 @@ class HomeState:
             spec: Their structure.
             answers: To the first questions of the code whether a tensor is true.
         """
-        modes = torch.is_grad_enabled(), autocast_state("cpu"), torch.is_autocast_enabled("cuda")
-        key = spec, modes, original_class(type(home)).forward, self._flags(home)
-        for program, marks in self.programs.get(key, ()):
-            if marks == _marks_of(home, program) and program.suits(home, leaves, answers):
-                return program
-        program = self._trace(home, arguments, answers)
-        if sum(map(len, self.programs.values())) >= _MOST_PROGRAMS:
-            self.programs.clear()
-            self.bound.clear()
-        self.programs.setdefault(key, []).append((program, _marks_of(home, program)))
-        return program
+        device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
+        modes = torch.is_grad_enabled(), autocast_state(device)
+        with _LOOKING:
+            key = spec, modes, original_class(type(home)).forward, self._flags(home)
+            for program, marks in self.programs.get(key, ()):
+                if marks == _marks(home, program) and program.suits(home, leaves, answers):
+                    return program
+            program = self._trace(home, arguments, answers)
+            if sum(map(len, self.programs.values())) >= _MOST_PROGRAMS:
+                self.programs.clear()
+                self.bound.clear()
+            self.programs.setdefault(key, []).append((program, _marks(home, program)))
+            return program
 
     def _flags(self, home: nn.Module) -> tuple[Any, ...]:
         """In which mode modules are, and how many hooks those have whose code is the home's."""
@@ -186,6 +179,7 @@ class HomeState:
         for name in self.residuals[0].inlined:
             module = home.get_submodule(name)
             marks += [module.training, len(module._forward_hooks) + len(module._forward_pre_hooks)]
+            marks.append(class_mark(module))
         return tuple(marks)
 
     def _trace(self, home: nn.Module, arguments: Any, answers: Sequence[bool]) -> Program:
@@ -237,39 +231,12 @@ class HomeState:
         return bound
 
 
-def _marks_of(home: nn.Module, program: Program) -> list[Any]:
+def _marks(home: nn.Module, program: Program) -> list[Any]:
     """What the code of a program would see of its modules now."""
-    found = ((_child(home, path), name) for path, name in program.reads)
-    known = ((module, name) for module, name in found if module is not None)
-    return [mark for module, name in known for mark in (name, *_marks(module, name))]
-
-
-def _marks(module: nn.Module, name: str) -> Iterable[Any]:
-    """What plain code may see of an attribute: a flag, number, string or function.
-
-    Those in a container or object, one level down; what a registry holds; whether a parameter,
-    buffer, child or tensor is there, and not None.
-    """
-    if name not in module.__dict__:
-        registries = (module._parameters, module._buffers, module._modules)
-        return next(((r[name] is None,) for r in registries if name in r), ("absent",))
-    value = module.__dict__[name]
-    kind = type(value)
-    if kind in _SCALARS:
-        return (value,)
-    if name in ("_parameters", "_buffers", "_modules"):
-        return tuple(value)
-    if isinstance(value, Tensor):
-        return ("tensor",)
-    if kind in _CONTAINERS:
-        return (len(value), *_scalars_among(value.values() if isinstance(value, dict) else value))
-    if callable(value):
-        return (id(value),)
-    return _scalars_among(vars(value).values()) if hasattr(value, "__dict__") else ()
-
-
-def _scalars_among(items: Iterable[Any]) -> Iterable[Any]:
-    return (item for item in items if type(item) in _SCALARS)
+    marks = marks_of(home, program.reads, program.constants)
+    if program.forms is not None:  # something that was computed decided: by its dtype, perhaps
+        marks += [(p.dtype, p.device, p.requires_grad) for p in home.parameters()]
+    return marks
 
 
 def _raise_own(home: nn.Module, arguments: Any) -> None:

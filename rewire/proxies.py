@@ -119,6 +119,19 @@ class HintProxy(fx.Proxy):
         return id(self)
 
 
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[HintProxy, Any], Any]:
+    """`x += y` on a tensor changes it; numbers are made anew."""
+
+    def change(proxy: HintProxy, other: Any) -> Any:
+        return proxy._call(function, other) if isinstance(proxy.hint, Tensor) else NotImplemented
+
+    return change
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(HintProxy, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
+
+
 class _Method:
     """A bound method of a proxy."""
 

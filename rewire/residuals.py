@@ -81,6 +81,10 @@ def find_residuals(watched: Watched) -> tuple[list[Found], list[Skipped]]:
         if isinstance(result, Skipped):
             skipped.append(result)
             continue
+        if watched.stale.intersection(result.adds):
+            detail = "it is in place, and the caller goes on with the tensor that it handed in"
+            skipped.append(_left(watched, add, "in place", detail))
+            continue
         _follow_trunk(watched, result, by_sum)
         _share_home(watched, result)
         found.append(result)

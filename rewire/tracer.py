@@ -16,7 +16,7 @@ import pickle
 import random
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,6 +80,7 @@ class Tracer(fx.proxy.TracerBase):
         self._names = {id(module): name for name, module in home.named_modules()}
         self._attributes = dict(_tensor_attributes(home))
         self._attribute_proxies: dict[int, HintProxy] = {}
+        self._writers: dict[int, fx.Node] = {}  # of buffers (storages): the calls of children
         self._proxies: list[weakref.ref[HintProxy]] = []
         self._objects: dict[int, fx.Node] = {}
         self._handed: dict[int, Any] = {}  # lists and dicts of the code, by their copies
@@ -126,10 +127,16 @@ class Tracer(fx.proxy.TracerBase):
             _refuse_proxies(trace.result)
             trace.outputs = [self.create_arg(output) for output in outputs]
             trace.adds = [node for node in self.graph.nodes if self._is_addition(node)]
+            trace.kept = {storage_of(t) for t in self._kept()} if trace.mutations else set()
             trace.varying = set(trace.inputs)
             for node in self.graph.nodes:
                 if any(source in trace.varying for source in node.all_input_nodes):
                     trace.varying.add(node)
+
+    def _kept(self) -> Iterator[Tensor]:
+        """Tensors that children hold by now, other than parameters and buffers."""
+        for module in self.home.modules():
+            yield from (item for item in vars(module).values() if isinstance(item, FakeTensor))
 
     def _inlined_modules(self) -> list[nn.Module]:
         return [module for module in self.home.modules() if id(module) in self._inlined]
@@ -203,13 +210,24 @@ class Tracer(fx.proxy.TracerBase):
         node.meta["line"] = current_line()
         with self.plainly():
             values = [self.trace.hints[source] for source in node.all_input_nodes]
-            before = [(t, t._version) for t in tensors_of(values) if not t.is_inference()]
+            before = _versions(tensors_of(values))
+            own = _versions(self._buffers_of(node))
             self.trace.hints[node] = hint = self._evaluate(node, (args, kwargs))
-            changed = {storage_of(t) for t, version in before if t._version != version}
+            changed, written = _changed(before), _changed(own)
             wrapped = self._wrap(node, hint, top=True)
-            if changed:
-                self._redirect(node, changed)
+            self._writers |= dict.fromkeys(written, node)
+            if changed or any(storage_of(t) in written for t in self._read_tensors()):
+                self._redirect(node, changed | written)
         return wrapped
+
+    def _buffers_of(self, node: fx.Node) -> list[Tensor]:
+        """What a child may write into besides its arguments."""
+        called = node.op == "call_module"
+        return [*self.home.get_submodule(str(node.target)).buffers()] if called else []
+
+    def _read_tensors(self) -> Iterator[Tensor]:
+        """The parameters, buffers and other tensors of modules that the code has read."""
+        return (self.trace.hints[proxy.node] for proxy in self._attribute_proxies.values())
 
     def _evaluate(self, node: fx.Node, written: tuple[Any, Any]) -> Any:
         """What a call gives; `written` are its arguments as the code has them."""
@@ -291,7 +309,9 @@ class Tracer(fx.proxy.TracerBase):
         self.trace.mutations[node] = changed
         for proxy in self._held():
             hint = self.trace.hints[proxy.node]
-            if isinstance(hint, Tensor) and storage_of(hint) in changed and proxy.node is not node:
+            if hint is self.trace.hints[node] and hint is not None:
+                proxy.node = node
+            elif isinstance(hint, Tensor) and storage_of(hint) in changed:
                 after = self.graph.call_function(after_effect, (proxy.node, node))
                 self.trace.hints[after] = hint
                 proxy.node = after
@@ -305,8 +325,21 @@ class Tracer(fx.proxy.TracerBase):
         if id(tensor) not in self._attribute_proxies:
             node = self.graph.get_attr(self._attributes[id(tensor)])
             self.trace.hints[node] = tensor
-            self._attribute_proxies[id(tensor)] = HintProxy(node, self)
+            self._attribute_proxies[id(tensor)] = HintProxy(self._as_written(node), self)
         return self._attribute_proxies[id(tensor)]
+
+    def _as_written(self, node: fx.Node) -> fx.Node:
+        """A buffer that is read behind a child's call that has written into it."""
+        tensor = self.trace.hints[node]
+        with self.plainly():
+            storage = storage_of(tensor) if self._writers else 0
+        writer = self._writers.get(storage)
+        if writer is None:
+            return node
+        self.trace.mutations.setdefault(writer, set()).add(storage)
+        after = self.graph.call_function(after_effect, (node, writer))
+        self.trace.hints[after] = tensor
+        return after
 
     def is_foreign(self, module: nn.Module) -> bool:
         """Whether a module's code is not part of the home's, nor made by it."""
@@ -335,10 +368,10 @@ class Tracer(fx.proxy.TracerBase):
         return node
 
     def read(self, module: nn.Module, name: str) -> None:
-        """Note what the code reads of a module; not methods and the like, which classes have."""
-        path = self._names.get(id(module))
-        if path is not None and (name in _REGISTRIES or not hasattr(type(module), name)):
-            self.trace.reads.add((path, name))
+        """Note what the code reads of a module that it has not made."""
+        special = name.startswith("__") and name.endswith("__")
+        if not special and not any(module is own for own in self._modules):
+            self.trace.reads[self._names.get(id(module), module), name] = None
 
     def has_handed(self, value: Any) -> bool:
         """Whether the code has handed an object on."""
@@ -418,6 +451,15 @@ class Tracer(fx.proxy.TracerBase):
 # ---- values and graphs -------------------------------------------------------------------
 
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
+    return [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+
+
+def _changed(before: Iterable[tuple[Tensor, int]]) -> set[int]:
+    """Storages of the tensors that were changed in place since."""
+    return {storage_of(tensor) for tensor, version in before if tensor._version != version}
 
 
 def _tensor_attributes(home: nn.Module) -> Iterator[tuple[int, str]]:

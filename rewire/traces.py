@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rewire.errors import CannotTrace, NotRepeatable
 from rewire.sides import structural_copy
@@ -56,9 +56,11 @@ class Trace:
         asked: Nodes that ask for the truth of a tensor, with the answers the code went on with.
         held: For each of them the nodes whose values the code's variables held then.
         met: For each of them the number of `constants` that the code had read by then.
-        reads: The attributes that the code reads: names of the module, and of the attribute.
+        reads: The attributes that the code reads, in order: the name of the module (of one that is
+            not below the home: itself) and that of the attribute.
         constants: Placeholders that stand for objects the code reads, with the objects.
         mutations: For each node, the tensors (storages) it changes in place.
+        kept: Tensors (storages) that the home's modules hold after the run.
         adds: Nodes that add two floating tensors, in order.
         varying: Nodes that depend on an argument.
     """
@@ -73,9 +75,10 @@ class Trace:
     asked: dict[fx.Node, bool] = field(default_factory=dict)
     held: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
     met: dict[fx.Node, int] = field(default_factory=dict)
-    reads: set[tuple[str, str]] = field(default_factory=set)
+    reads: dict[tuple[str | nn.Module, str], None] = field(default_factory=dict)
     constants: dict[fx.Node, Any] = field(default_factory=dict)
     mutations: dict[fx.Node, set[int]] = field(default_factory=dict)
+    kept: set[int] = field(default_factory=set)
     adds: list[fx.Node] = field(default_factory=list)
     varying: set[fx.Node] = field(default_factory=set)
 

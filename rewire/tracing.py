@@ -71,7 +71,8 @@ def _traced_alone(
     leaves, spec = flatten(arguments)
     with ExitStack() as stack:
         stack.enter_context(_TRACING)
-        stack.enter_context(isolated(home))
+        stack.enter_context(isolated(home, home.parameters() if mode is None else ()))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         if mode is not None:
             stack.enter_context(mode)
             _gather_shards(home)

@@ -100,6 +100,8 @@ class Watched:
         calls: Module calls, the model's own first.
         graph: Edges lead from operand to result.
         results: Nodes of the tensors that the model returned.
+        stale: Additions in place to a tensor that a module was handed, whose caller goes on with
+            that tensor and not with the module's result.
         adds: The additions in the code of each call, interiors of autograd functions left out.
         fake_mode: The mode of the fake tensors, None where the run was real.
     """
@@ -108,6 +110,7 @@ class Watched:
     calls: list[Call] = field(default_factory=list)
     graph: nx.DiGraph = field(default_factory=nx.DiGraph)
     results: set[int] = field(default_factory=set)
+    stale: set[int] = field(default_factory=set)
     adds: dict[int, list[int]] = field(default_factory=dict)
     fake_mode: FakeTensorMode | None = None
 
@@ -134,7 +137,8 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     except Exception as fake_error:
         copies = map_leaves(own_copy, (args, dict(kwargs)))
         try:
-            with isolated(model), training_mode(model, False), torch.no_grad():
+            own = isolated(model, model.parameters())
+            with own, training_mode(model, False), torch.no_grad():
                 return _record(model, *copies)
         except Exception as error:
             raise CannotTrace(
@@ -205,7 +209,8 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     apply = inspect.getattr_static(torch.autograd.Function, "apply")
     applied = classmethod(recorder.applied(apply))
     opaque = mock.patch.object(torch.autograd.Function, "apply", applied)
-    with watched_calls(recorder.call), opaque, recorder:
+    eager = torch.compiler.set_stance("force_eager")
+    with watched_calls(recorder.call), opaque, eager, recorder:
         model(*args, **kwargs)
     return recorder.watched
 
@@ -241,6 +246,8 @@ class _Recorder(TorchFunctionMode):
         self._versions: dict[int, int] = {}
         self._alive: list[Tensor] = []  # so that no id is used twice
         self._storages: dict[int, list[Tensor]] = {}
+        self._added_to: dict[int, int] = {}  # tensors that additions have changed in place
+        self._stale: dict[int, set[int]] = {}  # those of them that a caller handed to a module
         self._scope: list[int] = []
         self._interior = False
         constants = [*model.parameters(), *model.buffers()]
@@ -264,11 +271,13 @@ class _Recorder(TorchFunctionMode):
         arguments = map_leaves(structural_or_same, (args, kwargs))
         calls.append(Call(name, path, arguments))
         self._scope.append(number)
+        before = len(self.watched.ops)
         try:
             result = original(module, *args, **kwargs)
         finally:
             self._scope.pop()
         self._adopt(result, (args, kwargs), number)
+        result = self._apart(result, (args, kwargs), before)
         if not self._scope:
             self.watched.results = {self._node(tensor) for tensor in tensors_of(result)}
         return result
@@ -301,6 +310,30 @@ class _Recorder(TorchFunctionMode):
         operands = tuple(self._node(tensor) for tensor in tensors_of(arguments))
         for tensor in unknown:
             self._add("opaque", scope, operands, (), tensor)
+
+    def _apart(self, result: Any, arguments: Any, before: int) -> Any:
+        """A module's result, told from the tensors that it was handed and has added to in place.
+
+        The first operation of its was number `before`.
+        """
+        handed = {id(tensor) for tensor in tensors_of(arguments)}
+        given = {key for key in handed if self._added_to.get(key, -1) >= before}
+        if not given:
+            return result
+        for key in given:
+            self._stale.setdefault(key, set()).add(self._added_to[key])
+
+        def apart(leaf: Any) -> Any:
+            if id(leaf) not in given:
+                return leaf
+            with torch._C.DisableTorchFunction():
+                alias = leaf.view_as(leaf)
+            self._nodes[id(alias)] = self._nodes[id(leaf)]
+            self._alive.append(alias)
+            self._storages[_storage(alias)].append(alias)
+            return alias
+
+        return map_leaves(apart, result)
 
     def _is_unknown(self, tensor: Tensor) -> bool:
         key = id(tensor)
@@ -356,8 +389,15 @@ class _Recorder(TorchFunctionMode):
             node = self._add(name, scope, operands, others, tensor)
             self._describe(node, name, kwargs, tensor, args)
         for tensor in changed:
-            for alias in self._storages.get(_storage(tensor), [tensor]):
-                self._nodes[id(alias)] = node
+            self._change(tensor, node, added=name in ADDITIONS and not self._interior)
+
+    def _change(self, tensor: Tensor, node: int, *, added: bool) -> None:
+        """An operation in place: all names of a tensor are for its result now."""
+        for alias in self._storages.get(_storage(tensor), [tensor]):
+            self._nodes[id(alias)] = node
+            if added:
+                self._added_to[id(alias)] = node
+                self._stale.get(id(alias), set()).add(node)
 
     def _describe(
         self, node: int, name: str, kwargs: Any, tensor: Tensor, args: tuple[Any, ...]
@@ -381,6 +421,8 @@ class _Recorder(TorchFunctionMode):
 
     def _node(self, tensor: Tensor) -> int:
         """The op that made a tensor; a new source where none did."""
+        if id(tensor) in self._stale:
+            self.watched.stale |= self._stale[id(tensor)]
         node = self._nodes.get(id(tensor))
         if node is None:
             scope = self._scope[-1] if self._scope else 0

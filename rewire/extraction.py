@@ -177,7 +177,8 @@ def _untangle(trace: Trace, pieces: list[Piece]) -> None:
 def _sink(trace: Trace, pieces: list[Piece]) -> None:
     """Move what only one branch reads into it: its activations are then recomputed too."""
     outputs = {output for output in trace.outputs if isinstance(output, fx.Node)}
-    changed = {storage for storages in trace.mutations.values() for storage in storages}
+    sums = {node for piece in pieces for node in piece.adds}
+    changed = {s for node, own in trace.mutations.items() if node not in sums for s in own}
     owner = {node: piece for piece in pieces for node in piece.region}
     fixed = {node for piece in pieces for node in (*piece.hidden, piece.entry)} | outputs
     for node in reversed(list(trace.graph.nodes)):
@@ -216,16 +217,21 @@ def _check_mutations(trace: Trace, pieces: list[Piece]) -> None:
     """Whatever touches a tensor that is changed in place must keep its order.
 
     A branch runs as a whole, where its sum is first read. What reads a changed tensor
-    later depends on the change; what comes before the branch's first operation stays so.
+    later depends on the change; what comes before the branch's first operation stays so. A sum is
+    a new tensor, though it is made in place: what it was before is another one.
     """
     order = {node: number for number, node in enumerate(trace.graph.nodes)}
     owner = {node: piece for piece in pieces for node in piece.hidden}
+    sums = [node for piece in pieces for node in piece.adds if node in trace.mutations]
     first = {id(piece): min(order[node] for node in piece.hidden) for piece in pieces}
     for change, storages in trace.mutations.items():
-        for node in trace.graph.nodes:
+        for node in trace.graph.nodes if change not in sums else ():
             mine, its = owner.get(node), owner.get(change)
             inert = node.op in ("placeholder", "get_attr") or is_after_effect(node)
             if inert or mine is its or not trace.storages(node) & storages:
+                continue
+            start, end = sorted((order[node], order[change]))
+            if any(start <= order[s] < end and trace.mutations[s] & storages for s in sums):
                 continue
             early, later = (node, mine), (change, its)
             if order[change] < order[node]:

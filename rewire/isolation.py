@@ -120,9 +120,17 @@ def _tensor_attributes(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _write_back(tensor: Tensor, value: Tensor, version: int) -> None:
-    if tensor._version != version:
-        with torch.no_grad():
+    with torch.no_grad():
+        if tensor._version != version or not _same_values(tensor, value):
             tensor.copy_(value)
+
+
+def _same_values(tensor: Tensor, value: Tensor) -> bool:
+    """Whether two tensors are the same, NaN included (statistics change and their version not)."""
+    if tensor.layout is not torch.strided:
+        return True
+    same = torch.eq(tensor, value)
+    return bool(same.all()) or bool((same | (tensor.isnan() & value.isnan())).all())
 
 
 def _clear_if_used(cache: functools._lru_cache_wrapper[Any], misses: int) -> None:

@@ -252,7 +252,7 @@ class _Recorder(TorchFunctionMode):
         self._interior = False
         constants = [*model.parameters(), *model.buffers()]
         self._constants = {id(tensor) for tensor in constants}
-        self._known_inputs = {id(tensor) for tensor in tensors_of(inputs)}
+        self._known_inputs = {id(tensor) for tensor in _all_tensors(inputs)}
 
     # ---- module calls --------------------------------------------------------------------
 
@@ -451,6 +451,18 @@ class _Recorder(TorchFunctionMode):
         self._alive.append(tensor)
         self._storages.setdefault(_storage(tensor), []).append(tensor)
         return node
+
+
+def _all_tensors(value: Any) -> list[Tensor]:
+    """The tensors in a value, also those inside objects of the user's classes."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_leaves(lambda leaf: structural_copy(leaf, share=note), value)
+    return found
 
 
 def structural_or_same(leaf: Any) -> Any:

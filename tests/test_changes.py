@@ -1,0 +1,340 @@
+"""What changes between one call and another, or under another name: the code is traced anew, or not
+rewired."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rewire
+from benchmarks.outcomes import AsOriginal
+from tests.specimens import DIM, Loop, mlp, rows
+from tests.test_zoo_finds import lengths
+
+
+class Block(nn.Module):
+    """A residual module whose code is a function of it and the stream."""
+
+    code: Callable[[Any, Tensor], Tensor]
+    twice = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = mlp(), nn.Linear(DIM, DIM)
+        self.options: Any = {"a": {"scale": 1.0}}
+        self.point: Any = collections.namedtuple("Point", "x y")(1.0, 2.0)
+        self.kind: Any = torch.float64
+        self.flag: Any = 1
+        self.act: Any = torch.tanh
+        self.post: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return type(self).code(self, x)
+
+
+def loop(code: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    """Three blocks of such code, in float64."""
+    torch.manual_seed(0)
+    return Loop(type("Block", (Block,), {"code": staticmethod(code)})).double()
+
+
+# ---- attributes --------------------------------------------------------------------------
+
+
+def anything(self: Any, x: Tensor) -> Tensor:
+    """Reads whatever a class, an object or a container may hold."""
+    h = self.act(self.f(x)) * self.options["a"]["scale"] * self.point.x
+    h = 2 * h if self.twice else h
+    h = h + 1 if self.kind is torch.float32 else h
+    h = h * 3 if self.flag is True else h
+    return x + (h if isinstance(self.post, nn.Identity) else self.post(h))
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "class attribute on the instance": lambda b: setattr(b, "twice", True),
+    "class attribute": lambda b: setattr(type(b), "twice", True),
+    "nested container": lambda b: b.options["a"].update(scale=3.0),
+    "named tuple": lambda b: setattr(b, "point", b.point._replace(x=4.0)),
+    "dtype": lambda b: setattr(b, "kind", torch.float32),
+    "1 and True": lambda b: setattr(b, "flag", True),
+    "function": lambda b: setattr(b, "act", torch.relu),
+    "class of a child": lambda b: setattr(b, "post", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_code_that_would_act_otherwise_is_traced_anew(change: str) -> None:
+    model, x = loop(anything), rows()
+    rev = rewire.make_reversible(model, x, coupling=AsOriginal())
+    before = rev(x)
+    for both in (model, rev):
+        for block in both.blocks:  # type: ignore[union-attr]
+            CHANGES[change](block)
+    assert not torch.allclose(rev(x), before)
+    assert torch.allclose(rev(x), model(x), rtol=0, atol=1e-12)
+
+
+def by_form_of_a_result(self: Any, x: Tensor) -> Tensor:
+    h = self.f(x)
+    return x + self.g(h * 3 if h.dtype == torch.float32 else h)
+
+
+def test_code_that_asks_for_the_dtype_of_a_childs_result() -> None:
+    model, x = loop(by_form_of_a_result), rows()
+    rev = rewire.make_reversible(model, x, coupling=AsOriginal())
+    rev(x)
+    model, rev, x = model.float(), rev.float(), x.float()
+    assert torch.allclose(rev(x), model(x), rtol=0, atol=1e-5)
+
+
+class Divides(nn.Module):
+    """Decides by a number that must not be 0, unless it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+    def forward(self, x: Tensor, number: int) -> Tensor:
+        h = self.f(x)
+        return x + (2 * h if number > 0 and 10 % number == 0 else h)
+
+
+class Numbered(Loop):
+    """Hands on a number."""
+
+    def forward(self, x: Tensor, number: int) -> Tensor:
+        for block in self.blocks:
+            x = block(x, number)
+        return x
+
+
+def test_a_decision_that_the_code_would_not_have_come_to() -> None:
+    model, x = Numbered(Divides).double(), rows()
+    rev = rewire.make_reversible(model, (x, 5), coupling=AsOriginal())
+    for number in (5, 0, 3, 2):
+        assert torch.allclose(rev(x, number), model(x, number), rtol=0, atol=1e-12)
+
+
+# ---- sums in place -----------------------------------------------------------------------
+
+
+class Pile(nn.Module):
+    """A residual loop of sums in place, of which something else holds what is added to."""
+
+    def __init__(self, keeps: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f, self.keeps = nn.ModuleList(mlp() for _ in range(3)), keeps
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x * 1.0
+        kept = self.keeps(x)
+        for f in self.f:
+            x += f(x)
+        return x, kept
+
+
+def test_another_name_for_a_sum_in_place_is_the_sum() -> None:
+    model, x = Pile(lambda x: x).double(), rows()
+    rev = rewire.make_reversible(model, x)
+    assert lengths(model, x) == [3]
+    out, kept = rev(x)
+    assert torch.equal(out, kept)
+
+
+def test_a_view_of_a_sum_in_place_is_refused() -> None:
+    plan = rewire.plan(Pile(lambda x: x[:, :2]).double(), rows())
+    assert not plan.chains
+    assert "through a view" in plan.skipped[0].detail
+
+
+def adds_in_place(self: Any, x: Tensor) -> Tensor:
+    x += self.f(x)
+    return x
+
+
+class Around(nn.Module):
+    """Goes on with what it has handed to its blocks, or with what they give."""
+
+    def __init__(self, blocks: nn.Module, way: str) -> None:
+        super().__init__()
+        self.blocks, self.way = blocks.blocks, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        first = x
+        for block in self.blocks:  # type: ignore[union-attr]
+            if self.way == "ignores":
+                block(x)
+            else:
+                x = block(x)
+        return x * first if self.way == "keeps" else x
+
+
+@pytest.mark.parametrize(("way", "chains"), [("goes on", [3]), ("ignores", []), ("keeps", [])])
+def test_a_caller_that_goes_on_with_the_tensor_it_handed_in(way: str, chains: list[int]) -> None:
+    model, x = Around(loop(adds_in_place), way).double(), rows()
+    plan = rewire.plan(model, x)
+    assert [len(chain) for chain in plan.chains] == chains
+    assert [row.reason for row in plan.skipped] == ["in place"] * (3 - sum(chains))
+    if chains:
+        plain = rewire.make_reversible(model, x, coupling=AsOriginal())
+        assert torch.allclose(plain(x), model(x), rtol=0, atol=1e-12)
+
+
+class Keeps(nn.Module):
+    """Keeps what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = result = self.f(x)
+        return result  # type: ignore[no-any-return]
+
+
+class AddsToKept(nn.Module):
+    """Adds in place to what a child has kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Keeps()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.f(x)
+        h += x
+        return h
+
+
+def test_a_sum_in_place_into_what_a_module_keeps_is_refused() -> None:
+    plan = rewire.plan(Loop(AddsToKept).double(), rows())
+    assert not plan.chains
+    assert "a module keeps" in plan.skipped[0].detail
+
+
+# ---- buffers that children write into ----------------------------------------------------
+
+
+class Counts(nn.Module):
+    """Counts its calls in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.f(x)  # type: ignore[no-any-return]
+
+
+class Weighs(nn.Module):
+    """Reads what its children count, before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.ModuleList(Counts() for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x
+        for f in self.f:
+            before = f.count * 2.0
+            x = x + f(x)
+            y = y * (f.count - before)
+        return x, y
+
+
+def test_counts_of_children_are_read_in_their_turn() -> None:
+    model, x = Weighs().double(), rows()
+    rev = rewire.make_reversible(copy.deepcopy(model), x, coupling=AsOriginal())
+    for _ in range(3):
+        for found, wanted in zip(rev(x), model(x), strict=True):
+            assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+# ---- threads and marks -------------------------------------------------------------------
+
+
+def test_the_first_run_may_be_in_several_threads_at_once() -> None:
+    model, x = loop(anything), rows()
+    rev = rewire.make_reversible(model, x)
+    names, wanted = [name for name, _ in rev.named_modules()], rev(x)
+    rev = rewire.make_reversible(model, x)
+    start, found = threading.Barrier(4), []
+
+    def run() -> None:
+        start.wait()
+        found.append(rev(x))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(torch.equal(one, wanted) for one in found)
+    assert [name for name, _ in rev.named_modules()] == names
+
+
+TABLE: dict[int, Tensor] = {}
+
+
+class Tables(nn.Module):
+    """Fills tables of its class and file, writes into a tensor of its own, has odd buffers."""
+
+    table: ClassVar[dict[int, Tensor]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = loop(anything)
+        self.own, self.recent = torch.ones(DIM, dtype=torch.float64), collections.deque[Tensor]()
+        self.register_buffer("edges", torch.eye(3).to_sparse())
+        self.register_buffer("unknown", torch.full((2,), float("nan")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for table in (TABLE, self.table):
+            if x.shape[1] not in table:
+                table[x.shape[1]] = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+            x = x + table[x.shape[1]]
+        self.own.mul_(0.5)
+        self.recent.append(x)
+        return self.blocks(x * self.own)  # type: ignore[no-any-return]
+
+
+def test_planning_leaves_no_mark_on_classes_files_and_tensors() -> None:
+    model, x, heard = Tables(), rows(), []
+    version = model.unknown._version
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: heard.append(1))
+    rewire.plan(model, x)
+    hook.remove()
+    assert (TABLE, Tables.table, list(model.recent), heard) == ({}, {}, [], [])
+    assert torch.equal(model.own, torch.ones(DIM, dtype=torch.float64))
+    assert model.unknown._version == version
+    assert type(model(x)) is Tensor
+
+
+class Batch:
+    """A tensor in an object of the user's."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_a_tensor_inside_an_object_is_an_input() -> None:
+    class Unpacks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = loop(anything)
+
+        def forward(self, batch: Batch) -> Tensor:
+            return self.blocks(batch.tensor)  # type: ignore[no-any-return]
+
+    assert lengths(Unpacks(), (Batch(rows()),)) == [3]

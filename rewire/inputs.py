@@ -126,8 +126,10 @@ def example_for(model: nn.Module, shape: Sequence[int] | None = None) -> Example
     candidates = list(_of_shape(model, shape) if shape else _candidates(model))
     batches = [shape[0]] if shape else [2, 1]
     failures: list[_Failure] = []
-    for batch, candidate in product(batches, candidates):
+    for number, (batch, candidate) in enumerate(product(batches, candidates)):
         found = _search(model, candidate, batch, failures)
+        if found is None and number == 0:  # fake parameters refuse a few things, `.to()` among them
+            found = _search(model, candidate, batch, [], lend=False)
         if found is not None:
             return _example(model, found, batch)
     # The first candidate has the best evidence, so its error tells the most.
@@ -142,12 +144,17 @@ def example_for(model: nn.Module, shape: Sequence[int] | None = None) -> Example
 
 
 def _search(
-    model: nn.Module, candidate: _Candidate, batch: int, failures: list[_Failure]
+    model: nn.Module,
+    candidate: _Candidate,
+    batch: int,
+    failures: list[_Failure],
+    *,
+    lend: bool = True,
 ) -> _Candidate | None:
     """A candidate that runs, or that does with what its errors ask for."""
     asking: _Candidate | None = candidate
     while asking is not None:
-        error = _run(model, asking, batch, fake=True)
+        error = _run(model, asking, batch, fake=True, lend=lend)
         if isinstance(error, NEEDS_VALUES):  # no fault of the input
             error = _run(model, asking, batch, fake=False)
         if error is None:
@@ -418,12 +425,14 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return None
 
 
-def _run(model: nn.Module, candidate: _Candidate, batch: int, *, fake: bool) -> Exception | None:
+def _run(
+    model: nn.Module, candidate: _Candidate, batch: int, *, fake: bool, lend: bool = False
+) -> Exception | None:
     """What the forward raised with this candidate; nothing is left behind."""
     mode = fakes.FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     with isolated(model), training_mode(model, False), mode, torch.no_grad():
         example = _example(model, candidate, batch, empty=fake)
-        if isinstance(mode, fakes.FakeTensorMode):
+        if lend and isinstance(mode, fakes.FakeTensorMode):
             lend_fakes(model, mode)
         try:
             eager = torch.compiler.set_stance("force_eager")

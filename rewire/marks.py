@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 import functools
+import sys
 import types
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,8 +17,13 @@ from torch import Tensor, nn
 _PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), range, slice)
 _PLAIN += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, enum.Enum)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, type)
+_KNOWN = (sys.stdlib_module_names | {"torch", "numpy"}) - {"builtins", "collections", "types"}
 _LEVELS = 4  # of containers and objects in each other
 _MOST_ITEMS = 64  # of a container; of larger ones the length counts
+
+
+def _package(name: str) -> str:
+    return name.partition(".")[0]
 
 
 class _Same:
@@ -59,6 +66,32 @@ def class_mark(module: nn.Module | None) -> Any:
     return None if module is None else (type(module), "forward" in module.__dict__)
 
 
+def function_marks(functions: Iterable[Any]) -> list[Any]:
+    """What functions read besides their arguments: of their files, and of functions around them."""
+    return [_seen(function, {}, _LEVELS) for function in functions]
+
+
+def _function_mark(function: types.FunctionType, known: dict[int, int], levels: int) -> Any:
+    """A function, with what it reads of its file and of the functions around it."""
+    if not levels or _package(function.__module__ or "") in _KNOWN:
+        return _Same(function)
+    file = function.__globals__
+    read: list[Any] = [file[name] for name in _names_read(function.__code__) if name in file]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it is empty
+            read.append(cell.cell_contents)
+    read += [function.__defaults__, function.__kwdefaults__]
+    return _Same(function), [_seen(value, known, levels - 1) for value in read]
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_read(code: types.CodeType) -> tuple[str, ...]:
+    """Names that code, and code inside it, may look up in its file."""
+    inside = (part for part in code.co_consts if isinstance(part, types.CodeType))
+    found = dict.fromkeys((*code.co_names, *(n for part in inside for n in _names_read(part))))
+    return tuple(found)
+
+
 def _mark(module: nn.Module, name: str, known: dict[int, int]) -> Any:
     """What code sees of an attribute, parameter, buffer or child; registries are read by name."""
     own = module.__dict__
@@ -83,13 +116,22 @@ def _seen(value: Any, known: dict[int, int], levels: int) -> Any:
         return kind, value
     if isinstance(value, Tensor):
         return "tensor"
-    if isinstance(value, (*_CODE, nn.Module)):
+    if isinstance(value, types.FunctionType):
+        return _function_mark(value, known, levels)
+    if isinstance(value, (*_CODE, nn.Module)) or _package(kind.__module__) in _KNOWN:
         return _Same(value)
-    if isinstance(value, (list, tuple, set, frozenset, dict)):
-        items: Iterable[Any] = value.items() if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return kind, _entries(value, known, levels)
+    if isinstance(value, (list, tuple, set, frozenset)):
         if not levels or len(value) > _MOST_ITEMS:
             return kind, len(value)
-        return kind, [_seen(item, known, levels - 1) for item in items]
+        return kind, [_seen(item, known, levels - 1) for item in value]
     inside = getattr(value, "__dict__", None)
-    seen = _seen(inside, known, levels - 1) if type(inside) is dict and levels else None
-    return kind, known.get(id(value)), seen
+    entries = _entries(inside, known, levels) if type(inside) is dict else None
+    return kind, known.get(id(value)), entries
+
+
+def _entries(value: dict[Any, Any], known: dict[int, int], levels: int) -> Any:
+    if not levels or len(value) > _MOST_ITEMS:
+        return len(value)
+    return [(key, _seen(item, known, levels - 1)) for key, item in value.items()]

@@ -18,7 +18,7 @@ from rewire.extraction import Program
 from rewire.holdings import Holdings
 from rewire.isolation import isolated
 from rewire.links import Course
-from rewire.marks import child_of, class_mark, marks_of
+from rewire.marks import child_of, class_mark, function_marks, marks_of
 from rewire.pieces import BranchCode
 from rewire.planning import program_for
 from rewire.plans import Residual
@@ -159,7 +159,7 @@ class HomeState:
             answers: To the first questions of the code whether a tensor is true.
         """
         device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
-        modes = torch.is_grad_enabled(), autocast_state(device)
+        modes = torch.is_grad_enabled(), autocast_state(device), torch.get_default_dtype()
         with _LOOKING:
             key = spec, modes, original_class(type(home)).forward, self._flags(home)
             for program, marks in self.programs.get(key, ()):
@@ -234,6 +234,7 @@ class HomeState:
 def _marks(home: nn.Module, program: Program) -> list[Any]:
     """What the code of a program would see of its modules now."""
     marks = marks_of(home, program.reads, program.constants)
+    marks += function_marks([original_class(type(home)).forward])
     if program.forms is not None:  # something that was computed decided: by its dtype, perhaps
         marks += [(p.dtype, p.device, p.requires_grad) for p in home.parameters()]
     return marks

@@ -90,12 +90,14 @@ class Tracer(fx.proxy.TracerBase):
 
     def run(self, forward: Callable[..., Any], leaves: list[Any], spec: Spec) -> None:
         """Call `forward` with proxies and collect what it does."""
-        attributes = {module: snapshot(module) for module in self._inlined_modules()}
+        with self.plainly():
+            attributes = {module: snapshot(module) for module in self._inlined_modules()}
         try:
             self._run(forward, leaves, spec, attributes)
         finally:
-            for module, before in attributes.items():
-                restore(module, before)
+            with self.plainly():
+                for module, before in attributes.items():
+                    restore(module, before)
 
     def _run(
         self,
@@ -362,7 +364,8 @@ class Tracer(fx.proxy.TracerBase):
             with self.graph.inserting_before(first):
                 node = self.graph.placeholder(f"constant_{len(self._objects)}")
             self.trace.constants[node] = Made(value) if type(value) in self._made else value
-            self.strangers = self.strangers or not self._is_held(value)
+            with self.plainly():
+                self.strangers = self.strangers or not self._is_held(value)
         self.trace.hints[node] = value
         self._objects[id(value)] = node
         return node

@@ -196,7 +196,7 @@ def convert(
         from rewire import conversion
 
         done = conversion.convert(model, out, request, export_state_dict)
-        _print_conversion(done, as_json)
+        _print_conversion(done, input_shape, as_json)
 
 
 @app.command()
@@ -349,7 +349,7 @@ def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2))
 
 
-def _print_conversion(done: Conversion, as_json: bool) -> None:
+def _print_conversion(done: Conversion, input_shape: str | None, as_json: bool) -> None:
     if as_json:
         written = {"source": done.source, "out": str(done.out), "bytes": done.out_bytes}
         _print_json({**written, "plan": done.plan.to_dict()})
@@ -358,11 +358,12 @@ def _print_conversion(done: Conversion, as_json: bool) -> None:
 
     out, trust = done.out, list(done.trust)
     console().print(plan_summary(done.plan))
-    admitted = "".join(f" --trust {package}" for package in trust)
+    more = "".join(f" --trust {package}" for package in trust)
+    more += f" --input-shape {input_shape}" if input_shape else ""
     arguments = repr(str(out)) + (f", trust={trust!r}" if trust else "")
     typer.echo(
         f"from {done.source}\nwrote {out} ({human_bytes(done.out_bytes)})\n\n"
-        f"Next: check it with\n  rewire verify {out}{admitted}\nand train it with\n"
+        f"Next: check it with\n  rewire verify {out}{more}\nand train it with\n"
         f"  import rewire\n  rev = rewire.load({arguments})"
     )
 

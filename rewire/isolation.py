@@ -73,8 +73,8 @@ def isolated(model: nn.Module, more: Iterable[Tensor] = ()) -> Iterator[None]:
     """Undo, on leaving, whatever running `model` did to it and to the generators.
 
     Forward hooks, the modules' own and torch's for all modules, do not run: they may store what
-    they see. What torch logs of shapes that do not fit is not heard: who runs
-    the model says what went wrong.
+    they see. (Those of `torch.nn.utils.weight_norm` and its like do.) What torch logs of shapes
+    that do not fit is not heard: who runs the model says what went wrong.
 
     Restored, also after an exception: attributes of every module (plain lists, dicts and
     sets one level deep; deeper, in objects of other classes, in classes and at the top of the
@@ -93,8 +93,15 @@ def isolated(model: nn.Module, more: Iterable[Tensor] = ()) -> Iterator[None]:
         for name in _GLOBAL_HOOKS:
             stack.enter_context(mock.patch.dict(getattr(nn.modules.module, name), clear=True))
         for module in model.modules():
-            module.__dict__.update({name: OrderedDict() for name in _HOOKS})
+            for name in _HOOKS:
+                hooks = getattr(module, name).items()
+                module.__dict__[name] = OrderedDict(pair for pair in hooks if _computes(pair[1]))
         yield
+
+
+def _computes(hook: Any) -> bool:
+    """Whether a hook is part of the network: one of torch's that make a weight before each run."""
+    return type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def _restore_at_the_end(stack: ExitStack, model: nn.Module, more: Iterable[Tensor]) -> None:

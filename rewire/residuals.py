@@ -67,13 +67,10 @@ def find_residuals(watched: Watched) -> tuple[list[Found], list[Skipped]]:
     found: list[Found] = []
     skipped: list[Skipped] = []
     by_sum: dict[int, Found] = {}
-    for node, op in enumerate(watched.ops):
-        if op.scaled and _adds_tensors(op, watched.ops):
-            detail = "torch.add with alpha= or out= is not rewired; write x + a * F(x)"
-            skipped.append(_left(watched, node, "scaled add", detail))
-        elif op.interior and _adds_tensors(op, watched.ops):
-            detail = "it is inside a custom autograd function, which has a backward of its own"
-            skipped.append(_left(watched, node, "own backward", detail))
+    for node in range(len(watched.ops)):
+        reason, detail = _out_of_question(watched.ops, node)
+        if reason:
+            skipped.append(_left(watched, node, reason, detail))
     tops, inner = _sums(watched)
     for add in tops:
         terms = list(_terms(watched, add, inner))
@@ -90,6 +87,22 @@ def find_residuals(watched: Watched) -> tuple[list[Found], list[Skipped]]:
         found.append(result)
         by_sum[add] = result
     return found, skipped
+
+
+def _out_of_question(ops: list[Op], node: int) -> tuple[str, str]:
+    """Why an addition cannot be one that is rewired, whatever it adds."""
+    op = ops[node]
+    operands = [ops[n] for n in op.operands if n is not None]
+    if op.name in ADDITIONS and len(operands) == 2 and any(one.complex for one in operands):
+        return "complex", "streams are of real numbers: rewire a view_as_real of them"
+    if not _adds_tensors(op, ops):
+        return "", ""
+    if op.scaled:
+        return "scaled add", "torch.add with alpha= or out= is not rewired; write x + a * F(x)"
+    if op.interior:
+        inside = "it is inside a custom autograd function, which has a backward of its own"
+        return "own backward", inside
+    return "", ""
 
 
 # ---- sums --------------------------------------------------------------------------------

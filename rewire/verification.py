@@ -38,6 +38,7 @@ from rewire.tape import watch_repeats
 _GRADIENT_LIMITS = {torch.float64: 1e-10, torch.float32: 1e-3}  # else 5e-2
 # Some gradients are zero but for rounding (a key's bias): below this share of the largest
 # gradient an error counts relative to the share, not to the tensor's own size.
+_PEAK_SLACK = 100_000  # bytes: of a toy network a stream is more than all activations
 _SMALLEST_SHARE = 1e-3
 
 
@@ -276,7 +277,8 @@ def _memory_checks(rev: nn.Module, example: Example, original: nn.Module) -> Ite
         ours, plain = (profile(m, *example.args, **example.kwargs) for m in (rev, original))
     megabytes = f"{ours.peak_bytes / 1e6:.2f} MB, the original {plain.peak_bytes / 1e6:.2f} MB"
     ratio = ours.peak_bytes / max(plain.peak_bytes, 1)
-    yield Check("peak memory", ratio, 1.0, "of original", megabytes)
+    limit = 1 + _PEAK_SLACK / max(plain.peak_bytes, 1)
+    yield Check("peak memory", ratio, limit, "of original", megabytes)
     yield Check("bytes left", ours.left_bytes, plain.left_bytes, "bytes", "at most the original's")
 
 

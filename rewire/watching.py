@@ -55,6 +55,7 @@ class Op:
         arguments: The other arguments, as given.
         shape: Of the (first) result.
         floating: Whether the result is of a floating dtype.
+        complex: Whether it is of a complex one.
         view: The result is a view of all of the first operand.
         constant: Does not come from the inputs: parameters, buffers, what is computed from
             them alone, and tensors made from nothing.
@@ -74,6 +75,7 @@ class Op:
     line: str = ""
     scaled: bool = False
     interior: bool = False
+    complex: bool = False
 
 
 @dataclass(slots=True)
@@ -443,7 +445,7 @@ class _Recorder(TorchFunctionMode):
         shape, floating = tuple(tensor.shape), tensor.is_floating_point()
         constant = all(watched.ops[n].constant for n in operands if n is not None)
         op = Op(name, scope, operands, arguments, shape, floating, constant=constant)
-        op.interior = self._interior
+        op.interior, op.complex = self._interior, tensor.is_complex()
         watched.ops.append(op)
         watched.graph.add_node(node)
         watched.graph.add_edges_from((source, node) for source in operands if source is not None)

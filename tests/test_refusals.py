@@ -246,3 +246,21 @@ def test_a_class_that_cannot_be_found_again(tmp_path: Any) -> None:
     with pytest.raises(rewire.BadFile, match="top level of a module"):
         rewire.save(rev, tmp_path / "rev.pt")
     assert not (tmp_path / "rev.pt").exists()
+
+
+def test_a_complex_sum_is_in_the_list() -> None:
+    spectrum = type("Block", (Block,), {"forward": lambda self, x: x + x.abs() * self.count})
+    plan = rewire.plan(nn.Sequential(*(spectrum() for _ in range(2))), rows().to(torch.complex128))
+    assert {row.reason for row in plan.skipped} == {"complex"}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_that_a_hook_makes_before_each_run(norm: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(type("Block", (Block,), {"forward": option})() for _ in range(3)))
+    for block in model:
+        norm(block.body[0])
+    rev = rewire.make_reversible(model.double(), rows())
+    verdict = rewire.verify(rev, rows(), original=model)
+    assert verdict.passed, str(verdict)

@@ -26,16 +26,16 @@ from benchmarks.outcomes import (
     as_original,
     cast,
     fresh,
-    gradients_of,
+    live_bytes,
     other_size,
     runs_to_numbers,
     same_as,
     same_bits,
     stored_bytes,
+    training_step,
 )
 from benchmarks.recording import Row
 from rewire.inputs import Example, as_example, example_for, one_more
-from rewire.tape import watch_corrections
 
 LIMIT = 1e-10  # relative error of a float64 gradient
 ROUNDING = 1e-12  # of float64 outputs whose sums are added up in another order
@@ -167,17 +167,16 @@ def _share(
     plan: rewire.Plan,
     example: Example,
 ) -> None:
-    """The share of a training step's stored activations that the chains do not store any more."""
+    """What a training step keeps for backward, and what it does not when rewired.
+
+    Both with all that is alive after forward: the chains' streams, side inputs and corrections.
+    """
     if specimen.size is not None:  # the size it is made for, not the one that keeps float64 cheap
         example = example_for(model)
     rev = rewire.make_reversible(model, plan=plan)
-    before = stored_bytes(model, example)
-    with watch_corrections() as kept:
-        after = stored_bytes(rev, example)
-    after["corrections"] += sum(correction.nbytes for correction in kept)
-    total = sum(before.values())
-    result.numbers["share"] = round(1 - sum(after.values()) / max(total, 1), 3)
-    outside = sorted(after.items(), key=lambda item: -item[1])[:3]
+    total, kept = live_bytes(model, example), live_bytes(rev, example)
+    result.numbers["share"] = round(1 - kept / max(total, 1), 3)
+    outside = stored_bytes(rev, example).most_common(3)
     result.numbers["outside"] = ", ".join(
         f"{name or '(model)'} {size / max(total, 1):.2f}" for name, size in outside
     )
@@ -254,7 +253,7 @@ class _Undropped(TorchFunctionMode):
 def gradients_bit_by_bit(
     result: Examination, model: nn.Module, plan: rewire.Plan, example: Example
 ) -> None:
-    """A training step's gradients in float32 and under autocast: the bits of the stored twin.
+    """What a training step gives, in float32 and under autocast: the bits of the stored twin.
 
     With gradients for the input in float32, without under autocast. It does not apply where the
     twin, run again, has other bits itself (float32 kernels that go by where a tensor lies).
@@ -266,22 +265,25 @@ def gradients_bit_by_bit(
 
 
 def _as_its_twin(rev: nn.Module, example: Example, half: bool) -> bool | None:
-    """Whether gradients are those with activations stored; None if those vary by themselves."""
+    """Whether a step gives what it does with activations stored; None if all of that varies.
+
+    Held against are those outputs and gradients that have the same bits in two stored runs.
+    """
+    found = training_step(rev, example, half)
     with rewire.store_activations(rev):
-        wanted = gradients_of(rev, example, half)
-    if same_bits(gradients_of(rev, example, half), wanted):
-        return True
-    with rewire.store_activations(rev):
-        again = gradients_of(rev, example, half)
-    return False if same_bits(again, wanted) else None
+        wanted, again = (training_step(rev, example, half) for _ in range(2))
+    steps = zip(found, wanted, again, strict=True)
+    same = [same_bits(a, b) for a, b, c in steps if b is not None and same_bits(b, c)]
+    return all(same) if same else None
 
 
 def _trains(model: nn.Module, example: Example, half: bool) -> bool:
     """Whether the original has gradients in this mode."""
     try:
-        return bool(gradients_of(model, example, half))
+        training_step(model, example, half)
     except Exception:  # whatever it is, it is the model's own
         return False
+    return True
 
 
 # ---- proof -------------------------------------------------------------------------------
@@ -297,7 +299,7 @@ def _proof(result: Examination, model: nn.Module, plan: rewire.Plan, example: Ex
     verdict = None
     small = sum(p.numel() for p in model.parameters()) < _MOST_PARAMETERS
     if small and runs_to_numbers(model.double(), cast(example, torch.float64)):
-        with suppress(rewire.CannotTrace):  # e.g. a skip that is cast to float32, whatever it is
+        with suppress(rewire.CannotTrace):  # a skip that is cast to float32, whatever it is
             verdict = _verified(model, plan, cast(example, torch.float64))
     if verdict is None:
         result.numbers["dtype"] = "float32"

@@ -18,18 +18,21 @@ DECISIONS = {
 def missed(findings: Findings, plan: rewire.Plan) -> list[ResidualAdd]:
     """Residual adds that are neither in a chain nor known as one and left alone for a reason.
 
-    Each line of the plan's list is about one add of the code, however often the code runs.
+    Each module of the plan, and each line of its list, is about one add of the code, however often
+    the code runs.
     """
+    modules = list(plan.modules)
     known = [row for row in plan.skipped if row.reason in DECISIONS]
     silent = []
     for add in {add.key: add for add in findings.adds}.values():
-        if any(_is(module, add) for module in plan.modules):
-            continue
+        module = next((module for module in modules if _is(module, add)), None)
         row = next((row for row in known if _names(row, add)), None)
-        if row is None:
-            silent.append(add)
-        else:
+        if module is not None:
+            modules.remove(module)
+        elif row is not None:
             known.remove(row)
+        else:
+            silent.append(add)
     return silent
 
 

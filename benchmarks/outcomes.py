@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import rewire
 from rewire.inputs import Example, mapped
 from rewire.isolation import training_mode
+from rewire.profiling import LiveBytes, floating_tensors
 from rewire.watching import watched_calls
 
 
@@ -79,9 +80,21 @@ def outcome(model: nn.Module, example: Example, training: bool) -> list[Tensor]:
     with unchanged(model), torch.set_grad_enabled(training):
         model.train(training)
         _seed()
-        output = call(model, example)
-        leaves = [t.detach().clone() for t in tree_leaves(output) if isinstance(t, Tensor)]
+        leaves = [t.detach().clone() for t in results_of(call(model, example))]
         return [*leaves, *(b.clone() for b in model.buffers())]
+
+
+def results_of(output: Any) -> list[Tensor]:
+    """The tensors in what a model gives.
+
+    Raises:
+        LookupError: There is none: what cannot be seen cannot be compared.
+    """
+    found = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+    found = found or list(floating_tensors(output))
+    if not found:
+        raise LookupError(f"no tensor is found in a {type(output).__qualname__}")
+    return found
 
 
 def _seed() -> None:
@@ -135,8 +148,12 @@ def other_size(example: Example) -> Example | None:
     return resized if changed else None
 
 
-def gradients_of(model: nn.Module, example: Example, half: bool) -> list[Tensor | None]:
-    """Of a training step: for all parameters, and without autocast for the inputs."""
+def training_step(model: nn.Module, example: Example, half: bool) -> list[Tensor | None]:
+    """Outputs, and gradients for all parameters, and without autocast for the inputs.
+
+    Raises:
+        LookupError: There are no gradients.
+    """
     given = mapped(example, lambda leaf: leaf.clone().requires_grad_(_takes_gradients(leaf, half)))
     inputs = [t for t in tree_leaves((given.args, given.kwargs)) if isinstance(t, Tensor)]
     leaves = [t for t in (*model.parameters(), *inputs) if t.requires_grad]
@@ -144,25 +161,43 @@ def gradients_of(model: nn.Module, example: Example, half: bool) -> list[Tensor 
         model.train()
         _seed()
         with torch.autocast("cpu", torch.bfloat16, half):
-            output = call(model, given)
-        ends = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+            output = results_of(call(model, given))
+        ends = [tensor for tensor in output if tensor.requires_grad]
         toward = [torch.randn_like(end) for end in ends]
-        return [*torch.autograd.grad(ends, leaves, toward, allow_unused=True)]
+        gradients = torch.autograd.grad(ends, leaves, toward, allow_unused=True)
+    if all(gradient is None for gradient in gradients):
+        raise LookupError("no parameter has a gradient")
+    return [*(end.detach() for end in output), *gradients]
 
 
 def _takes_gradients(leaf: Tensor, half: bool) -> bool:
     return leaf.is_floating_point() and not half
 
 
-def same_bits(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> bool:
-    return all(
-        a is b if a is None or b is None else _alike(a, b, 0.0)
-        for a, b in zip(found, wanted, strict=True)
-    )
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two gradients are the same, or both missing."""
+    return a is b if a is None or b is None else _alike(a, b, 0.0)
+
+
+def live_bytes(model: nn.Module, example: Example) -> int:
+    """Bytes of all that a training forward leaves alive for backward, its output not counted.
+
+    Of the second one: in the first a rewired model is traced, on fake tensors.
+    """
+    with unchanged(model), torch.enable_grad():
+        model.train()
+        call(model, example)
+        _seed()
+        args, kwargs = fresh(example)
+        with LiveBytes() as meter:
+            output = model(*args, **kwargs)
+        alive = meter.live
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in results_of(output)}
+    return alive - sum(storage.nbytes() for storage in storages.values())
 
 
 def stored_bytes(model: nn.Module, example: Example) -> Counter[str]:
-    """Bytes that autograd stores in one training forward, by the part of the model."""
+    """Bytes that saved-tensor hooks see in one training forward, by the part of the model."""
     bytes_of: dict[int, tuple[str, int]] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     owners = [""]
@@ -172,11 +207,11 @@ def stored_bytes(model: nn.Module, example: Example) -> Counter[str]:
         if storage.data_ptr() not in parameters:
             part = ".".join(owners[-1].split(".")[:2])
             bytes_of.setdefault(storage.data_ptr(), (part, storage.nbytes()))
-        return tensor
+        return tensor.detach()  # a result that its own operation saves would hold itself alive
 
     with unchanged(model), _owners(model, owners), torch.enable_grad():
         model.train()
-        torch.manual_seed(0)
+        _seed()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = call(model, example)  # alive, so that no address is used twice
     del output

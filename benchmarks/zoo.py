@@ -175,6 +175,13 @@ def select(patterns: Sequence[str]) -> list[Specimen]:
     return [one for one in every if any(fnmatch.fnmatch(one.id, glob) for glob in patterns)]
 
 
+def _some(patterns: Sequence[str]) -> list[Specimen]:
+    found = select(patterns)
+    if not found:
+        raise typer.BadParameter(f"no model is called {' or '.join(patterns)}")
+    return found
+
+
 @app.command()
 def run(
     only: Annotated[list[str], typer.Option(help="Globs of library/model.")] = ["*"],  # noqa: B006
@@ -191,7 +198,7 @@ def run(
         for row in before
         if not fresh and not (failed and row["verdict"].startswith("FAILED"))
     }
-    wanted = [one for one in select(only) if (one.library, one.name) not in done]
+    wanted = [one for one in _some(only) if (one.library, one.name) not in done]
     console = Console(stderr=True)
     columns = (
         BarColumn(),
@@ -207,7 +214,9 @@ def run(
             progress.update(task, advance=1, last=said[:100])
             if row["verdict"].startswith("FAILED"):
                 progress.console.print(said)
-    bad = [row for row in read(record) if row["verdict"].startswith("FAILED")]
+    names = {(one.library, one.name) for one in _some(only)}
+    rows = (row for row in read(record) if (row["library"], row["model"]) in names)
+    bad = [row for row in rows if row["verdict"].startswith("FAILED")]
     raise typer.Exit(1 if bad else 0)
 
 
@@ -215,9 +224,13 @@ def run(
 def one(name: str) -> None:
     """Examine one model and print what is found."""
     console = Console()
-    for specimen in select([name]):
-        for key, value in {**examined(specimen), **environment()}.items():
+    failed = False
+    for specimen in _some([name]):
+        row = examined(specimen)
+        failed = failed or row["verdict"].startswith("FAILED")
+        for key, value in {**row, **environment()}.items():
             console.print(f"{key:>16}  {value}")
+    raise typer.Exit(1 if failed else 0)
 
 
 @app.command()

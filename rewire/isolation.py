@@ -52,7 +52,7 @@ def own_surroundings() -> Iterator[None]:
     as it is, and the chain drops what the checkpoint would have.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_same, _same))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same))
         for name in _CHECKPOINTS:
             if hasattr(torch.utils.checkpoint, name):
                 replaced = mock.patch.object(torch.utils.checkpoint, name, _nothing_around)

@@ -253,7 +253,7 @@ def saved_inside(running: Sequence[str]) -> Iterator[dict[str, int]]:
     def pack(tensor: Tensor) -> Tensor:
         if running:
             kept[running[-1]] = kept.get(running[-1], 0) + tensor.nbytes
-        return tensor
+        return tensor.detach()  # a result that its own operation saves would hold itself alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import rewire
 from benchmarks.outcomes import AsOriginal
@@ -319,6 +321,17 @@ def test_planning_leaves_no_mark_on_classes_files_and_tensors() -> None:
     assert torch.equal(model.own, torch.ones(DIM, dtype=torch.float64))
     assert model.unknown._version == version
     assert type(model(x)) is Tensor
+
+
+def test_planning_and_a_first_run_leave_no_fake_tensor_alive() -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(type(item) is FakeTensor for item in gc.get_objects())
+
+    model = Loop(lambda: nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)).double()
+    before = alive()
+    rewire.make_reversible(model, rows())(rows())
+    assert alive() == before
 
 
 class Batch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -18,6 +19,7 @@ from rewire.errors import CannotLink, CannotTrace
 from rewire.outer import Outer, Stretch
 from rewire.pieces import BranchCode, Piece
 from rewire.plans import Residual
+from rewire.presence import present
 from rewire.structure import Spec
 from rewire.traces import (
     Trace,
@@ -37,6 +39,7 @@ class Program:
     """A home's forward in two-stream form, for inputs that decide alike.
 
     Attributes:
+        numbers: Of the home's residual modules those that it runs.
         outer: The code around the branches; calls `run.step`, `run.normalise`, `run.enter`,
             `run.follow`.
         branches: By number of the residual module in the home.
@@ -54,6 +57,7 @@ class Program:
             it that is not known before the code runs; else None.
     """
 
+    numbers: tuple[int, ...]
     outer: tuple[Stretch, ...]
     branches: tuple[BranchCode, ...]
     norms: tuple[BranchCode | None, ...]
@@ -116,7 +120,12 @@ def forms_of(leaves: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def extract(
-    trace: Trace, residuals: Sequence[Residual], homes: Collection[str], trunk: str
+    trace: Trace,
+    residuals: Sequence[Residual],
+    homes: Collection[str],
+    trunk: str,
+    *,
+    in_part: bool = False,
 ) -> Program:
     """Cut a trace at its residual adds.
 
@@ -125,16 +134,20 @@ def extract(
         residuals: The residual modules of the home, in order.
         homes: Names, relative to this home, of other homes among its children.
         trunk: "identity", or "inside": activations behind a sum move into its branch.
+        in_part: The code may leave some of the residual modules out.
 
     Raises:
         CannotTrace: The graph is not what was watched.
     """
+    numbers = tuple(range(len(residuals)))
     if any(len(trace.adds) != residual.adds for residual in residuals):
-        raise CannotTrace(
-            f"its trace has {len(trace.adds)} tensor adds, {residuals[0].adds} were watched"
-        )
+        if not in_part:
+            raise CannotTrace(
+                f"its trace has {len(trace.adds)} tensor adds, {residuals[0].adds} were watched"
+            )
+        numbers, residuals = present(trace, residuals)
     pieces: list[Piece] = []
-    for residual, following in zip(residuals, (*residuals[1:], None), strict=True):
+    for residual, following in zip_longest(residuals, residuals[1:]):
         pieces.append(Piece(trace, residual, pieces, homes, trunk, following))
     _untangle(trace, pieces)
     _sink(trace, pieces)
@@ -152,7 +165,7 @@ def extract(
     code = branches, norms, heads, tails
     found = trace.result, trace.assigned, tuple(trace.reads)
     dims = dims_of(trace.hints[node] for node in trace.inputs)
-    return Program(outer, *code, *found, constants, decide, decided, dims, forms)
+    return Program(numbers, outer, *code, *found, constants, decide, decided, dims, forms)
 
 
 def _untangle(trace: Trace, pieces: list[Piece]) -> None:

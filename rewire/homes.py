@@ -32,7 +32,7 @@ class HomeRun:
         self._branches, self._norms, self._head_norms = state.branches(home, program)
 
     def _place(self, number: int) -> tuple[Course, tuple[int, ...]]:
-        chain, place = self._state.places[number]
+        chain, place = self._state.places[self._program.numbers[number]]
         found = self._state.chains[chain]
         return found.course, found.sites[place]
 

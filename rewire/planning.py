@@ -337,8 +337,9 @@ def program_for(
     forward: Any = None,
     answers: Sequence[bool] = (),
     lend: bool = False,
+    in_part: bool = False,
 ) -> Program:
-    """Trace a home and cut it at its residual adds; arguments as for `trace_home`.
+    """Trace a home and cut it at its residual adds; arguments as for `trace_home` and `extract`.
 
     Raises:
         CannotTrace: With the reason.
@@ -355,4 +356,4 @@ def program_for(
     with uncached_autocast(), own_surroundings():  # else it would keep fake tensors for later runs
         inlined = residuals[0].inlined
         trace = trace_home(home, forward, arguments, inlined, mode, answers, lend=lend)
-    return extract(trace, residuals, inner, trunk)
+    return extract(trace, residuals, inner, trunk, in_part=in_part)

@@ -193,6 +193,7 @@ class HomeState:
             self.trunk,
             forward=forward,
             answers=answers,
+            in_part=True,
         )
         leaves = flatten(arguments)[0]
         fake = next((leaf for leaf in leaves if isinstance(leaf, FakeTensor)), None)
@@ -217,7 +218,7 @@ class HomeState:
     def branches(self, home: nn.Module, program: Program) -> Bound:
         """The program's branches and normalisations on this home."""
         bound = self.bound.get(program)
-        if bound is None or bound.branches[0].home is not home:
+        if bound is None or (bound.branches and bound.branches[0].home is not home):
             branches = tuple(HomeBranch(home, code) for code in program.branches)
             norms, heads = (
                 tuple(NormBranch(HomeBranch(home, code)) if code else None for code in codes)
@@ -225,9 +226,10 @@ class HomeState:
             )
             bound = Bound(branches, norms, heads)
             self.bound[program] = bound
+            owners = [self.places[number][0] for number in program.numbers]
             for number, chain in enumerate(self.chains):
-                places = zip(self.places, branches, strict=True)
-                chain.branches = [branch for (owner, _), branch in places if owner == number]
+                pairs = zip(owners, branches, strict=True)
+                chain.branches = [branch for owner, branch in pairs if owner == number]
         return bound
 
 

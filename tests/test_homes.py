@@ -430,3 +430,71 @@ def test_a_child_that_begins_to_write_into_what_it_is_handed(notes: Any) -> None
     rev.blocks[1].branch.records = True  # type: ignore[index, union-attr]
     with pytest.raises(rewire.CannotTrace, match="changes a list or dict"):
         rev(rows(), *notes)
+
+
+# ---- residual modules that a call leaves out ---------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Self-attention, as it were; attention to a context where there is one; and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.across, self.mlp = mlp(), mlp(), mlp()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = x + self.own(x)
+        if context is not None:
+            x = x + self.across(context) * x.sigmoid()
+        return x + self.mlp(x)
+
+
+class Steps(nn.Module):
+    """A residual loop in the root's forward over some of its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.ModuleList(mlp() for _ in range(5))
+
+    def forward(self, x: Tensor, first: int = 0, last: int = 5) -> Tensor:
+        for f in self.f[first:last]:
+            x = x + f(x)
+        return x
+
+
+def assert_runs(model: nn.Module, example: Any, *calls: Any) -> None:
+    """The plain form is the original, and gradients are those with activations stored."""
+    same_as_original(model, example, *calls)
+    rev = rewire.make_reversible(model, example)
+    for args in calls:
+        leaves = [*rev.parameters()]
+        found = torch.autograd.grad(rev(*args).sin().sum(), leaves, allow_unused=True)
+        with rewire.store_activations(rev):
+            wanted = torch.autograd.grad(rev(*args).sin().sum(), leaves, allow_unused=True)
+        for a, b in zip(found, wanted, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+
+
+def test_optional_attention_may_be_left_out() -> None:
+    torch.manual_seed(0)
+    model, x, context = Noted(Decoder).double(), rows(), rows()
+    assert lengths(model, (x, context)) == [9]
+    assert_runs(model, (x, context), (x, context), (x, None), (x,), (x, context))
+
+
+def test_a_loop_may_go_round_fewer_times() -> None:
+    torch.manual_seed(0)
+    model, x = Steps().double(), rows().requires_grad_()
+    assert_runs(model, x, (x,), (x, 0, 3), (x, 2), (x, 4), (x,))
+    rev = rewire.make_reversible(model, x)
+    assert torch.equal(rev(x, 5), x)
+
+
+def test_residual_modules_that_the_example_did_not_come_to() -> None:
+    rev = rewire.make_reversible(Noted(Decoder).double(), (rows(),))
+    with pytest.raises(rewire.CannotTrace, match="an example that takes the longest way"):
+        rev(rows(), rows())
+    rev = rewire.make_reversible(Steps().double(), (rows(), 0, 3))
+    with pytest.raises(rewire.CannotTrace, match="5 times, and in the example 3 times"):
+        rev(rows())

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rewire.errors import CannotTrace
 from rewire.interception import intercepted
 from rewire.isolation import NEEDS_VALUES, isolated, lend_fakes
+from rewire.marks import function_marks
 from rewire.structure import Spec, flatten
 from rewire.tracer import Tracer
 from rewire.traces import Trace
@@ -81,7 +82,11 @@ def _traced_alone(
         scope = {home.get_submodule(name) for name in inlined} | {home}
         given, made = (leaves, spec), set[type]()
         run = functools.partial(_traced, home, forward, given, scope, mode, answers, made)
+        code = [forward, *(type(module).forward for module in scope)]
+        before = function_marks(code)
         tracer = run()
+        if function_marks(code) != before:
+            raise CannotTrace("its forward changes what it reads of its file or of code around it")
         if tracer.strangers:
             made |= _made(tracer.trace, run().trace)
             tracer = run() if made else tracer

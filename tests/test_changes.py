@@ -22,9 +22,8 @@ from tests.test_zoo_finds import lengths
 
 
 class Block(nn.Module):
-    """A residual module whose code is a function of it and the stream."""
+    """A residual module; what its code is, the tests say."""
 
-    code: Callable[[Any, Tensor], Tensor]
     twice = False
 
     def __init__(self) -> None:
@@ -37,14 +36,11 @@ class Block(nn.Module):
         self.act: Any = torch.tanh
         self.post: nn.Module = nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return type(self).code(self, x)
-
 
 def loop(code: Callable[[Any, Tensor], Tensor]) -> nn.Module:
     """Three blocks of such code, in float64."""
     torch.manual_seed(0)
-    return Loop(type("Block", (Block,), {"code": staticmethod(code)})).double()
+    return Loop(type("Block", (Block,), {"forward": code})).double()
 
 
 # ---- attributes --------------------------------------------------------------------------
@@ -81,6 +77,60 @@ def test_code_that_would_act_otherwise_is_traced_anew(change: str) -> None:
             CHANGES[change](block)
     assert not torch.allclose(rev(x), before)
     assert torch.allclose(rev(x), model(x), rtol=0, atol=1e-12)
+
+
+SCALE, TABLE_OF_SCALES = 1.0, {"a": [1.0]}
+CALLS = [0]
+
+
+def helped(h: Tensor, factor: float = 1.0) -> Tensor:
+    """Reads a table at the top of its file."""
+    return h * TABLE_OF_SCALES["a"][0] * factor
+
+
+def with_help(self: Any, x: Tensor) -> Tensor:
+    return x + SCALE * helped(self.f(x))
+
+
+def test_what_code_reads_of_its_file_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = loop(with_help), rows()
+    rev = rewire.make_reversible(model, x, coupling=AsOriginal())
+    assert torch.allclose(rev(x), model(x), rtol=0, atol=1e-12)
+    file = __name__
+    changes: list[tuple[str, Any]] = [
+        (f"{file}.SCALE", 3.0),
+        (f"{file}.TABLE_OF_SCALES", {"a": [0.5]}),
+        (f"{file}.helped", lambda h: h * 4),
+    ]
+    for name, value in changes:
+        before = rev(x)
+        monkeypatch.setattr(name, value)
+        assert not torch.allclose(rev(x), before)
+        assert torch.allclose(rev(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_what_code_reads_of_the_function_around_it_is_followed() -> None:
+    shift = 0.0
+
+    def around(self: Any, x: Tensor) -> Tensor:
+        return x + (self.f(x) + shift)
+
+    model, x = loop(around), rows()
+    rev = rewire.make_reversible(model, x, coupling=AsOriginal())
+    before, shift = rev(x), 1.0
+    assert not torch.allclose(rev(x), before)
+    assert torch.allclose(rev(x), model(x), rtol=0, atol=1e-12)
+
+
+def counting(self: Any, x: Tensor) -> Tensor:
+    CALLS[0] += 1
+    return x + self.f(x)
+
+
+def test_code_that_changes_its_file_is_refused() -> None:
+    plan = rewire.plan(loop(counting), rows())
+    assert not plan.chains
+    assert "of its file" in plan.skipped[0].detail
 
 
 def by_form_of_a_result(self: Any, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import rewire
 from rewire.inputs import Example, mapped
 from rewire.isolation import training_mode
 from rewire.profiling import LiveBytes, floating_tensors
-from rewire.watching import watched_calls
+from rewire.recorder import watched_calls
 
 
 @dataclass(frozen=True)

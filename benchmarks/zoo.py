@@ -35,7 +35,7 @@ from benchmarks import recording, zoo_tables
 from benchmarks.examination import COLUMNS, examine
 from benchmarks.menagerie import Specimen, specimens
 from benchmarks.recording import RECORDS, Row, environment
-from rewire.watching import line_of
+from rewire.places import line_of
 
 RECORD = RECORDS / "zoo.csv"
 FIELDS = ["library", "model", "family", *COLUMNS, "verdict"]

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Collection
 from dataclasses import replace
 
+from rewire.dataflow import Watched
 from rewire.drafts import Draft, ranks_of, relative
 from rewire.plans import Residual
 from rewire.residuals import common_prefix
-from rewire.watching import Watched
 
 
 def blocks(watched: Watched, drafts: list[Draft], apart: Collection[str]) -> list[list[Draft]]:

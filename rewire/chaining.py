@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from rewire.blocks import as_one, blocks
+from rewire.dataflow import Watched
 from rewire.drafts import Draft, cut_off, foreign_code, name_residuals, parts_of, skip
 from rewire.nesting import separate
 from rewire.plans import Chain, Residual, Skipped
 from rewire.residuals import Found, common_prefix, share_code
-from rewire.trunks import last_norm, link
-from rewire.watching import Watched
+from rewire.trunks import end_with_norm, link
 
 
 def draft_chains(
@@ -135,7 +135,7 @@ def _finished(
     watched: Watched, drafts: list[Draft], trunk: str, apart: Collection[str] | None
 ) -> Chain:
     if drafts[-2].residual.norm:
-        last_norm(watched, drafts[-1])
+        end_with_norm(watched, drafts[-1])
     each = [[draft] for draft in drafts]
     groups = each if apart is None else blocks(watched, drafts, apart)
     modules = _unified([as_one(watched, group) for group in groups])

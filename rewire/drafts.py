@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 
+from rewire.dataflow import Watched
 from rewire.plans import Residual, Skipped
 from rewire.residuals import Found, is_addition, trunk_kind
-from rewire.watching import Watched
 
 
 @dataclass(eq=False)

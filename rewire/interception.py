@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from rewire.errors import CannotTrace
 from rewire.proxies import HintProxy
-from rewire.watching import watched_calls
+from rewire.recorder import watched_calls
 
 # Functions without tensor arguments, which torch would not hand to a proxy.
 _FACTORIES = """arange empty eye full linspace ones rand randint randn tensor zeros

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from rewire.dataflow import Watched
 from rewire.drafts import Draft, cut_off, parts_of, skip
 from rewire.plans import Skipped
-from rewire.watching import Watched
 
 Chain = list[Draft]
 

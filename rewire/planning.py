@@ -15,6 +15,7 @@ from torch import nn
 
 from rewire.chaining import draft_chains, lost_in_training
 from rewire.coupling import Coupling, coupling_from
+from rewire.dataflow import Call, Watched
 from rewire.drafts import name_residuals
 from rewire.errors import CannotLink, CannotTrace, RewireError
 from rewire.extraction import Program, extract, forms_of
@@ -26,7 +27,7 @@ from rewire.replay import uncached_autocast
 from rewire.residuals import Found, find_residuals
 from rewire.structure import flatten
 from rewire.tracing import CodeRaised, trace_home
-from rewire.watching import Call, Watched, watch, watch_training
+from rewire.watching import watch, watch_training
 
 TRUNKS = ("identity", "inside")
 GRANULARITIES = ("module", "block")

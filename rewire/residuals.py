@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import networkx as nx
 
+from rewire.dataflow import ADDITIONS, Op, Watched
 from rewire.plans import Skipped
-from rewire.watching import ADDITIONS, Op, Watched
 
 _ACTIVATIONS = frozenset(
     """relu relu6 gelu silu sigmoid tanh elu celu selu mish softplus softsign hardtanh

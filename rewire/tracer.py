@@ -28,6 +28,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.overrides import is_tensor_method_or_property
 
 from rewire.codegen import handed
+from rewire.dataflow import ADDITIONS
 from rewire.errors import CannotTrace
 from rewire.isolation import (
     Snapshot,
@@ -35,6 +36,7 @@ from rewire.isolation import (
     restore,
     snapshot,
 )
+from rewire.places import current_line
 from rewire.proxies import HintProxy
 from rewire.replay import autocast_state
 from rewire.structure import Container, Spec, flatten, given_in, tensors_of, unflatten
@@ -46,10 +48,6 @@ from rewire.traces import (
     storage_of,
     tensor_operands,
     values_read,
-)
-from rewire.watching import (
-    ADDITIONS,
-    current_line,
 )
 
 _LASTING: tuple[type, ...] = (type, enum.Enum, types.ModuleType, functools.partial)

@@ -16,10 +16,11 @@ from rewire.errors import CannotTrace
 from rewire.interception import intercepted
 from rewire.isolation import NEEDS_VALUES, isolated, lend_fakes
 from rewire.marks import function_marks
+from rewire.places import is_model_code, line_of
 from rewire.structure import Spec, flatten
 from rewire.tracer import Tracer
 from rewire.traces import Trace
-from rewire.watching import as_fake, is_model_code, line_of, own_copy
+from rewire.watching import as_fake, own_copy
 
 _IS_FIXED, _IS_HEAP_TYPE = 1 << 8, 1 << 9  # CPython's flags: only a class made by code is patched
 _TRACING = threading.Lock()  # fx graphs are built under patches of torch's own names

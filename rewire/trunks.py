@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from rewire.dataflow import Watched
 from rewire.drafts import Draft, start
 from rewire.residuals import Found, trunk_kind
-from rewire.watching import Watched
 
 
 def link(
@@ -150,8 +150,8 @@ def _caller(watched: Watched, found: Found, node: int) -> tuple[str, int]:
     return ("call", path[depth]) if len(path) > depth else ("op", node)
 
 
-def last_norm(watched: Watched, draft: Draft) -> Draft:
-    """A chain of post-norm modules ends with the norm on its last sum."""
+def end_with_norm(watched: Watched, draft: Draft) -> None:
+    """Have a chain of post-norm modules end with the norm on its last sum, if there is one."""
     found, way = draft.found, []
     node = found.add
     while len(users := list(watched.graph.successors(node))) == 1:
@@ -161,7 +161,6 @@ def last_norm(watched: Watched, draft: Draft) -> Draft:
         way.append(node)
     if _norm_on(watched, found, way):
         draft.residual = replace(draft.residual, norm=True)
-    return draft
 
 
 # ---- starts ------------------------------------------------------------------------------

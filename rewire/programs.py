@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -167,6 +168,13 @@ class HomeState:
                     return program
             program = self._trace(home, arguments, answers)
             if sum(map(len, self.programs.values())) >= _MOST_PROGRAMS:
+                warnings.warn(
+                    f"{self.residuals[0].home or 'the model'} was traced for the "
+                    f"{_MOST_PROGRAMS + 1}th time: its code decides by something that is new in "
+                    "each call (a number, a shape, an attribute), and tracing takes longer than a "
+                    "step. Hand it a tensor instead, or keep it out with `exclude=`.",
+                    stacklevel=2,
+                )
                 self.programs.clear()
                 self.bound.clear()
             self.programs.setdefault(key, []).append((program, _marks(home, program)))

@@ -498,3 +498,25 @@ def test_residual_modules_that_the_example_did_not_come_to() -> None:
     rev = rewire.make_reversible(Steps().double(), (rows(), 0, 3))
     with pytest.raises(rewire.CannotTrace, match="5 times, and in the example 3 times"):
         rev(rows())
+
+
+class Scaled(nn.Module):
+    """Decides by a number that it is handed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = mlp()
+
+    def forward(self, x: Tensor, position: int) -> Tensor:
+        return x + self.f(x) * float(int(position))
+
+
+def test_code_that_is_traced_in_every_call_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewire.programs._MOST_PROGRAMS", 3)
+    model, x = Noted(Scaled).double(), rows()
+    rev = rewire.make_reversible(model, (x, 0), coupling=AsOriginal())
+    for number in range(3):
+        rev(x, number)
+    with pytest.warns(UserWarning, match="traced for the 4th time"):
+        found = rev(x, 3)
+    assert torch.allclose(found, model(x, 3), rtol=0, atol=1e-12)

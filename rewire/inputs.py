@@ -22,7 +22,7 @@ from torch._subclasses import fake_tensor as fakes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rewire.errors import CannotTrace
-from rewire.isolation import NEEDS_VALUES, isolated, lend_fakes, training_mode
+from rewire.isolation import NEEDS_VALUES, isolated, lend_fakes, training_mode, uncompiled
 
 _IMAGE_SIZES = (224, 256, 384, 240, 299, 192, 64, 32, 28, 128, 512, 16, 8)
 _CLIPS = ((16, 224), (16, 112), (8, 224), (32, 224), (32, 112), (8, 64), (4, 32))
@@ -435,7 +435,7 @@ def _run(
         if lend and isinstance(mode, fakes.FakeTensorMode):
             lend_fakes(model, mode)
         try:
-            eager = torch.compiler.set_stance("force_eager")
+            eager = uncompiled()
             with eager, warnings.catch_warnings(action="ignore"):
                 model(*example.args, **example.kwargs)
         except Exception as error:

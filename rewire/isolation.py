@@ -9,7 +9,7 @@ import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -66,6 +66,12 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _nothing_around(*_: Any, **__: Any) -> Iterator[None]:
     yield
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Compiled parts run as they were written; the compiler takes a second to import."""
+    imported = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if imported else nullcontext()
 
 
 @contextmanager

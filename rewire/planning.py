@@ -345,6 +345,8 @@ def program_for(
     Raises:
         CannotTrace: With the reason.
     """
+    if "_orig_mod" in home._modules:
+        raise CannotTrace("it is compiled: rewire the model first, then compile")
     if "forward" in vars(home):
         raise CannotTrace("its forward is replaced on the instance")
     for name in residuals[0].inlined:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewire.errors import CannotTrace
 from rewire.interception import intercepted
-from rewire.isolation import NEEDS_VALUES, isolated, lend_fakes
+from rewire.isolation import NEEDS_VALUES, isolated, lend_fakes, uncompiled
 from rewire.marks import function_marks
 from rewire.places import is_model_code, line_of
 from rewire.structure import Spec, flatten
@@ -74,7 +74,7 @@ def _traced_alone(
     with ExitStack() as stack:
         stack.enter_context(_TRACING)
         stack.enter_context(isolated(home, home.parameters() if mode is None else ()))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         if mode is not None:
             stack.enter_context(mode)
             _gather_shards(home)

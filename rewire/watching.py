@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.dataflow import Watched
 from rewire.errors import CannotTrace
-from rewire.isolation import isolated, lend_fakes, training_mode
+from rewire.isolation import isolated, lend_fakes, training_mode, uncompiled
 from rewire.recorder import Recorder, watched_calls
 from rewire.sides import cloned, structural_copy
 from rewire.structure import map_leaves
@@ -41,9 +41,11 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             with own, training_mode(model, False), torch.no_grad():
                 return _record(model, *copies)
         except Exception as error:
+            by_name = isinstance(error, TypeError) and "unexpected keyword" in str(error)
+            more = " (a dict is keyword arguments: for one argument, ({...},))" if by_name else ""
             raise CannotTrace(
                 f"{type(model).__qualname__} does not run on the example inputs: "
-                f"{_first_line(error)}. Give `example_inputs=` that its forward accepts."
+                f"{_first_line(error)}. Give `example_inputs=` that its forward accepts{more}."
             ) from fake_error
 
 
@@ -109,7 +111,7 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     apply = inspect.getattr_static(torch.autograd.Function, "apply")
     applied = classmethod(recorder.applied(apply))
     opaque = mock.patch.object(torch.autograd.Function, "apply", applied)
-    eager = torch.compiler.set_stance("force_eager")
+    eager = uncompiled()
     with watched_calls(recorder.call), opaque, eager, recorder:
         model(*args, **kwargs)
     return recorder.watched

@@ -19,7 +19,7 @@ import rewire
 from rewire.reversible import ReversibleSequential
 from rewire.verification import Check, Verdict, verify
 from tests.faults import FAULTS
-from tests.specimens import DIM, Loop, rows
+from tests.specimens import DIM, SPECIMENS, Loop, rows
 from tests.test_zoo_finds import HeadFree
 
 NAMES = [
@@ -235,3 +235,24 @@ def test_a_parameter_without_elements_is_no_obstacle() -> None:
     model.register_tokens = nn.Parameter(torch.empty(1, 0, DIM, dtype=torch.float64))
     rev = rewire.make_reversible(model, rows())
     assert rewire.verify(rev, rows(), original=model).passed
+
+
+class Frozen(nn.Module):
+    """Its first blocks run without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = SPECIMENS["plus"].make().blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.blocks[0](x)  # type: ignore[operator]
+        for block in self.blocks[1:]:  # type: ignore[index]
+            x = block(x)
+        return x
+
+
+def test_first_blocks_without_gradients_are_no_fault() -> None:
+    model, x = Frozen().double(), SPECIMENS["plus"].inputs()
+    verdict = verify(rewire.make_reversible(model, x), x, original=model)
+    assert verdict.passed, str(verdict)

@@ -19,6 +19,7 @@ from rewire.inputs import Example, mapped
 from rewire.isolation import training_mode
 from rewire.profiling import LiveBytes, floating_tensors
 from rewire.recorder import watched_calls
+from rewire.reversible import kept_grids
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def training_step(model: nn.Module, example: Example, half: bool) -> list[Tensor
     given = mapped(example, lambda leaf: leaf.clone().requires_grad_(_takes_gradients(leaf, half)))
     inputs = [t for t in tree_leaves((given.args, given.kwargs)) if isinstance(t, Tensor)]
     leaves = [t for t in (*model.parameters(), *inputs) if t.requires_grad]
-    with unchanged(model):
+    with unchanged(model), kept_grids(model):
         model.train()
         _seed()
         with torch.autocast("cpu", torch.bfloat16, half):

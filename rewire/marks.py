@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import sys
 import types
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -16,10 +18,12 @@ from torch import Tensor, nn
 # Compared by value, and by type: 1 is not True.
 _PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), range, slice)
 _PLAIN += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, enum.Enum)
-_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, type)
+_CODE = (types.BuiltinFunctionType, types.ModuleType, type)
+_FUNCTIONS: tuple[type, ...] = (types.FunctionType, types.MethodType, property)
+_FUNCTIONS += (classmethod, staticmethod, functools.partial, functools.partialmethod)
 _KNOWN = (sys.stdlib_module_names | {"torch", "numpy"}) - {"builtins", "collections", "types"}
 _LEVELS = 4  # of containers and objects in each other
-_MOST_ITEMS = 64  # of a container; of larger ones the length counts
+_MOST_ITEMS = 1000  # of a container; of larger ones the length counts
 
 
 def _package(name: str) -> str:
@@ -71,17 +75,43 @@ def function_marks(functions: Iterable[Any]) -> list[Any]:
     return [_seen(function, {}, _LEVELS) for function in functions]
 
 
+def _callable_mark(value: Any, known: dict[int, int], levels: int) -> Any:
+    """A function, however it is wrapped, and what it carries with it."""
+    if isinstance(value, types.FunctionType):
+        return _function_mark(value, known, levels)
+    if not levels:
+        return _Same(value)
+    if isinstance(value, property):
+        parts: tuple[Any, ...] = value.fget, value.fset
+    elif isinstance(value, (functools.partial, functools.partialmethod)):
+        parts = value.func, value.args, value.keywords
+    else:
+        own = getattr(value, "__self__", None)
+        return _Same(own), _seen(value.__func__, known, levels - 1)
+    return type(value), [_seen(part, known, levels - 1) for part in parts]
+
+
 def _function_mark(function: types.FunctionType, known: dict[int, int], levels: int) -> Any:
     """A function, with what it reads of its file and of the functions around it."""
     if not levels or _package(function.__module__ or "") in _KNOWN:
         return _Same(function)
     file = function.__globals__
-    read: list[Any] = [file[name] for name in _names_read(function.__code__) if name in file]
+    names = _names_read(function.__code__)
+    found = [file[name] for name in names if name in file]
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # it is empty
-            read.append(cell.cell_contents)
-    read += [function.__defaults__, function.__kwdefaults__]
+            found.append(cell.cell_contents)
+    read = [function.__defaults__, function.__kwdefaults__]
+    for value in found:
+        read += _read_of(value, names) if isinstance(value, (type, types.ModuleType)) else [value]
     return _Same(function), [_seen(value, known, levels - 1) for value in read]
+
+
+def _read_of(holder: Any, names: Sequence[str]) -> list[Any]:
+    """What code with such names may read of a file, of a class or, by `super()`, of its bases."""
+    holders = holder.__mro__ if isinstance(holder, type) else (holder,)
+    own = [h for h in holders if _package(getattr(h, "__module__", h.__name__)) not in _KNOWN]
+    return [holder, *(vars(h)[name] for h in own for name in names if name in vars(h))]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -106,7 +136,7 @@ def _mark(module: nn.Module, name: str, known: dict[int, int]) -> Any:
     for registry in (module._parameters, module._buffers):
         if name in registry:
             return registry[name] is None
-    return _seen(getattr(type(module), name, "absent"), known, _LEVELS)
+    return _seen(inspect.getattr_static(type(module), name, "absent"), known, _LEVELS)
 
 
 def _seen(value: Any, known: dict[int, int], levels: int) -> Any:
@@ -116,13 +146,13 @@ def _seen(value: Any, known: dict[int, int], levels: int) -> Any:
         return kind, value
     if isinstance(value, Tensor):
         return "tensor"
-    if isinstance(value, types.FunctionType):
-        return _function_mark(value, known, levels)
+    if isinstance(value, _FUNCTIONS):
+        return _callable_mark(value, known, levels)
     if isinstance(value, (*_CODE, nn.Module)) or _package(kind.__module__) in _KNOWN:
         return _Same(value)
     if isinstance(value, dict):
         return kind, _entries(value, known, levels)
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
         if not levels or len(value) > _MOST_ITEMS:
             return kind, len(value)
         return kind, [_seen(item, known, levels - 1) for item in value]

@@ -7,11 +7,13 @@ reads modules and parameters from the home when it runs; a program holds none of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from rewire.codegen import compiled
@@ -30,6 +32,7 @@ from rewire.traces import (
     only_operand,
     same_value,
     spelled,
+    tensor_operands,
     values_read,
 )
 
@@ -214,6 +217,7 @@ def _check_sums(trace: Trace, pieces: list[Piece]) -> None:
     needed = needed_nodes(trace)
     for piece in pieces:
         for node in (*piece.adds, *piece.tail):
+            _check_dtype(trace, node)
             if trace.mutations.get(node, set()) & trace.kept:
                 raise CannotTrace(
                     f"it adds in place ({spelled(node)}) to a tensor that a module keeps: write "
@@ -224,6 +228,22 @@ def _check_sums(trace: Trace, pieces: list[Piece]) -> None:
                     f"it adds in place ({spelled(node)}) and reads the sum through a view taken "
                     "before: write x = x + F(x)"
                 )
+
+
+def _check_dtype(trace: Trace, node: fx.Node) -> None:
+    """A sum in place keeps the dtype of what it adds to; a new one has that of both.
+
+    Under autocast what comes next casts it anyway.
+    """
+    dtypes = [trace.hints[operand].dtype for operand in tensor_operands(trace, node)]
+    cast = torch.is_autocast_enabled(trace.hints[node].device.type)
+    if node in trace.mutations and dtypes and not cast:
+        new = functools.reduce(torch.promote_types, dtypes)
+        if new != trace.hints[node].dtype:
+            raise CannotTrace(
+                f"it adds {new} in place ({spelled(node)}) to {trace.hints[node].dtype}: write "
+                "x = x + F(x).to(x.dtype)"
+            )
 
 
 def _check_mutations(trace: Trace, pieces: list[Piece]) -> None:

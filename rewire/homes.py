@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 
 from rewire.errors import CannotTrace, RewireError, StreamMismatch
 from rewire.extraction import Program
+from rewire.isolation import plain
 from rewire.links import Course, attach, find
-from rewire.programs import HomeState, hidden_chains, original_class, plain
+from rewire.programs import HomeState, hidden_chains, original_class
 from rewire.running import advance, dense, follow, normalise, resume
 from rewire.structure import flatten, unflatten
 from rewire.traces import Made

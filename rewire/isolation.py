@@ -6,6 +6,7 @@ import functools
 import logging
 import random
 import sys
+import threading
 import types
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,10 @@ from torch._subclasses.fake_tensor import (
 from rewire.attributes import CONTAINERS, INTERNAL, same_content
 from rewire.replay import all_rng_states, set_rng_states
 from rewire.sides import SHARED
+
+# Runs that patch torch or take a model apart are one at a time. One lock, so that no two threads
+# can wait for each other; reentrant, for a model that is traced may hold a rewired one.
+ONE_AT_A_TIME = threading.RLock()
 
 Snapshot = dict[str, tuple[Any, Any]]
 _GLOBAL_HOOKS = "_global_forward_hooks", "_global_forward_pre_hooks"
@@ -72,6 +77,25 @@ def uncompiled() -> AbstractContextManager[Any]:
     """Compiled parts run as they were written; the compiler takes a second to import."""
     imported = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if imported else nullcontext()
+
+
+class _Plain(threading.local):
+    """Set while a thread runs rewired homes as their authors wrote them."""
+
+    active = False
+
+
+plain = _Plain()
+
+
+@contextmanager
+def plain_homes() -> Iterator[None]:
+    """Run rewired homes as their authors wrote them: what they are in is being traced."""
+    before, plain.active = plain.active, True
+    try:
+        yield
+    finally:
+        plain.active = before
 
 
 @contextmanager
@@ -140,7 +164,7 @@ def _write_back(tensor: Tensor, value: Tensor, version: int) -> None:
 
 def _same_values(tensor: Tensor, value: Tensor) -> bool:
     """Whether two tensors are the same, NaN included (statistics change and their version not)."""
-    if tensor.layout is not torch.strided:
+    if not _is_dense(tensor):
         return True
     same = torch.eq(tensor, value)
     return bool(same.all()) or bool((same | (tensor.isnan() & value.isnan())).all())
@@ -188,8 +212,12 @@ def lend_fakes(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _can_be_faked(tensor: Tensor) -> bool:
-    plain = tensor.layout is torch.strided and tensor.is_leaf
-    return plain and not tensor.is_meta and not tensor.is_inference()
+    usual = _is_dense(tensor) and tensor.is_leaf
+    return usual and not tensor.is_meta and not tensor.is_inference()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
 
 
 def snapshot(module: nn.Module) -> Snapshot:

@@ -318,7 +318,7 @@ def _check_traceable(trace: Callable[..., Program]) -> None:
     program = trace()
     for answers in program.others():
         try:
-            other = trace(answers=answers)
+            other = trace(answers=answers, in_part=True)
         except CodeRaised:
             continue  # `assert x.isfinite().all()`: so it will where the answer is that
         if missing := program.lacks(other, len(answers)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from rewire.errors import CannotTrace
 from rewire.extraction import Program
 from rewire.holdings import Holdings
-from rewire.isolation import isolated
+from rewire.isolation import ONE_AT_A_TIME, isolated, plain_homes
 from rewire.links import Course
 from rewire.marks import child_of, class_mark, function_marks, marks_of
 from rewire.pieces import BranchCode
@@ -32,26 +31,6 @@ from rewire.tracing import CodeRaised
 from rewire.watching import own_copy
 
 _MOST_PROGRAMS = 64
-_LOOKING = threading.RLock()  # tracing takes a home apart: one thread at a time looks on
-
-
-class _Plain(threading.local):
-    """Set while a thread runs homes as their authors wrote them."""
-
-    active = False
-
-
-plain = _Plain()
-
-
-@contextmanager
-def plain_homes() -> Iterator[None]:
-    """Run rewired homes as their authors wrote them: they are being traced."""
-    before, plain.active = plain.active, True
-    try:
-        yield
-    finally:
-        plain.active = before
 
 
 class HomeBranch:
@@ -161,7 +140,7 @@ class HomeState:
         """
         device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
         modes = torch.is_grad_enabled(), autocast_state(device), torch.get_default_dtype()
-        with _LOOKING:
+        with ONE_AT_A_TIME:
             key = spec, modes, original_class(type(home)).forward, self._flags(home)
             for program, marks in self.programs.get(key, ()):
                 if marks == _marks(home, program) and program.suits(home, leaves, answers):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rewire.dataflow import ADDITIONS, Call, Op, Watched
+from rewire.isolation import ONE_AT_A_TIME
 from rewire.places import current_line
 from rewire.sides import structural_copy
 from rewire.structure import map_leaves, tensors_of
@@ -25,14 +26,11 @@ _NO_DATAFLOW = frozenset(
 # Functions that take values from their first argument and only a form from the others.
 _FORM_OF_OTHERS = frozenset(("type_as", "expand_as", "view_as", "reshape_as", "to"))
 
-# One thread at a time: patches must be taken off in the order in which they were put on.
-_PATCHING = threading.RLock()
-
 
 @contextmanager
 def watched_calls(around: Callable[..., Any]) -> Iterator[None]:
     """Have this thread's module calls go through `around(original, module, args, kwargs)`."""
-    _PATCHING.acquire()
+    ONE_AT_A_TIME.acquire()
     original = nn.Module.__call__
     thread = threading.get_ident()
 
@@ -46,7 +44,7 @@ def watched_calls(around: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__ = original  # type: ignore[method-assign]
-        _PATCHING.release()
+        ONE_AT_A_TIME.release()
 
 
 class Recorder(TorchFunctionMode):

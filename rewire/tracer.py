@@ -111,10 +111,10 @@ class Tracer(fx.proxy.TracerBase):
             trace.inputs.append(node)
         given = [HintProxy(node, self) for node in trace.inputs]
         args, kwargs = unflatten(spec, given)
-        drawn = _python_random_states()
+        drawn = self._random_states()
         result = forward(self.home, *args, **kwargs)
         with self.plainly():
-            if _python_random_states() != drawn:
+            if self._random_states() != drawn:
                 raise CannotTrace("its forward draws random numbers in Python")
             assigned = self._assigned(attributes)
             now, found = flatten((args, kwargs))
@@ -133,10 +133,24 @@ class Tracer(fx.proxy.TracerBase):
                 if any(source in trace.varying for source in node.all_input_nodes):
                     trace.varying.add(node)
 
+    def _random_states(self) -> list[Any]:
+        """Of Python's and NumPy's random generators, the code's own among them."""
+        with self.plainly():
+            held = [item for module in self._inlined_modules() for item in vars(module).values()]
+        own: list[Any] = [item.getstate() for item in held if isinstance(item, random.Random)]
+        numpys = [item for item in held if isinstance(item, numpy.random.Generator)]
+        own += [pickle.dumps(item.bit_generator.state) for item in numpys]
+        return [random.getstate(), pickle.dumps(numpy.random.get_state()), *own]
+
     def _kept(self) -> Iterator[Tensor]:
         """Tensors that children hold by now, other than parameters and buffers."""
         for module in self.home.modules():
-            yield from (item for item in vars(module).values() if isinstance(item, FakeTensor))
+            for value in vars(module).values():
+                inside = value.values() if isinstance(value, dict) else value
+                items = [*inside] if isinstance(value, (dict, list, tuple)) else [value]
+                yield from (
+                    t for t in items if isinstance(t, Tensor) and type(t) is not nn.Parameter
+                )
 
     def _inlined_modules(self) -> list[nn.Module]:
         return [module for module in self.home.modules() if id(module) in self._inlined]
@@ -222,8 +236,11 @@ class Tracer(fx.proxy.TracerBase):
 
     def _buffers_of(self, node: fx.Node) -> list[Tensor]:
         """What a child may write into besides its arguments."""
-        called = node.op == "call_module"
-        return [*self.home.get_submodule(str(node.target)).buffers()] if called else []
+        if node.op != "call_module":
+            return []
+        child = self.home.get_submodule(str(node.target))
+        held = (value for module in child.modules() for value in vars(module).values())
+        return [*child.buffers(), *(value for value in held if isinstance(value, Tensor))]
 
     def _read_tensors(self) -> Iterator[Tensor]:
         """The parameters, buffers and other tensors of modules that the code has read."""
@@ -501,10 +518,6 @@ def _check_of(spec: Container, name: str, made: bool) -> Callable[[Any], Any]:
         return result
 
     return as_traced
-
-
-def _python_random_states() -> tuple[Any, bytes]:
-    return random.getstate(), pickle.dumps(numpy.random.get_state())
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,7 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewire.errors import CannotTrace
 from rewire.interception import intercepted
-from rewire.isolation import NEEDS_VALUES, isolated, lend_fakes, uncompiled
+from rewire.isolation import (
+    NEEDS_VALUES,
+    ONE_AT_A_TIME,
+    isolated,
+    lend_fakes,
+    plain_homes,
+    uncompiled,
+)
 from rewire.marks import function_marks
 from rewire.places import is_model_code, line_of
 from rewire.structure import Spec, flatten
@@ -23,7 +29,6 @@ from rewire.traces import Trace
 from rewire.watching import as_fake, own_copy
 
 _IS_FIXED, _IS_HEAP_TYPE = 1 << 8, 1 << 9  # CPython's flags: only a class made by code is patched
-_TRACING = threading.Lock()  # fx graphs are built under patches of torch's own names
 
 
 def trace_home(
@@ -72,7 +77,8 @@ def _traced_alone(
     """Trace a home without leaving a mark, with fake parameters if they are to be lent."""
     leaves, spec = flatten(arguments)
     with ExitStack() as stack:
-        stack.enter_context(_TRACING)
+        stack.enter_context(ONE_AT_A_TIME)
+        stack.enter_context(plain_homes())
         stack.enter_context(isolated(home, home.parameters() if mode is None else ()))
         stack.enter_context(uncompiled())
         if mode is not None:

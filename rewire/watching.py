@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.dataflow import Watched
 from rewire.errors import CannotTrace
-from rewire.isolation import isolated, lend_fakes, training_mode, uncompiled
+from rewire.isolation import isolated, lend_fakes, plain_homes, training_mode, uncompiled
 from rewire.recorder import Recorder, watched_calls
 from rewire.sides import cloned, structural_copy
 from rewire.structure import map_leaves
@@ -112,7 +112,7 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     applied = classmethod(recorder.applied(apply))
     opaque = mock.patch.object(torch.autograd.Function, "apply", applied)
     eager = uncompiled()
-    with watched_calls(recorder.call), opaque, eager, recorder:
+    with watched_calls(recorder.call), plain_homes(), opaque, eager, recorder:
         model(*args, **kwargs)
     return recorder.watched
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import gc
+import random
 import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -34,7 +36,16 @@ class Block(nn.Module):
         self.kind: Any = torch.float64
         self.flag: Any = 1
         self.act: Any = torch.tanh
+        self.many, self.queue = copy.copy(MANY), collections.deque([1.0])
+        self.shuffle = random.Random(0)
         self.post: nn.Module = nn.Identity()
+
+    @classmethod
+    def factor(cls) -> float:
+        """Of its class."""
+        return SCALE
+
+    kind_of_shift = functools.partialmethod(lambda self, shift: shift, 0.0)
 
 
 def loop(code: Callable[[Any, Tensor], Tensor]) -> nn.Module:
@@ -52,6 +63,7 @@ def anything(self: Any, x: Tensor) -> Tensor:
     h = 2 * h if self.twice else h
     h = h + 1 if self.kind is torch.float32 else h
     h = h * 3 if self.flag is True else h
+    h = h * self.many.scale * self.queue[0] * self.factor() + self.kind_of_shift()
     return x + (h if isinstance(self.post, nn.Identity) else self.post(h))
 
 
@@ -63,6 +75,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "dtype": lambda b: setattr(b, "kind", torch.float32),
     "1 and True": lambda b: setattr(b, "flag", True),
     "function": lambda b: setattr(b, "act", torch.relu),
+    "one of many": lambda b: setattr(b.many, "scale", 2.0),
+    "deque": lambda b: b.queue.__setitem__(0, 2.0),
     "class of a child": lambda b: setattr(b, "post", nn.Tanh()),
 }
 
@@ -81,6 +95,9 @@ def test_code_that_would_act_otherwise_is_traced_anew(change: str) -> None:
 
 SCALE, TABLE_OF_SCALES = 1.0, {"a": [1.0]}
 CALLS = [0]
+MANY = type("Many", (), {f"option_{n}": n for n in range(100)})()
+MANY.scale = 1.0
+vars(MANY).update({f"more_{n}": n for n in range(100)})
 
 
 def helped(h: Tensor, factor: float = 1.0) -> Tensor:
@@ -144,6 +161,22 @@ def test_code_that_asks_for_the_dtype_of_a_childs_result() -> None:
     rev(x)
     model, rev, x = model.float(), rev.float(), x.float()
     assert torch.allclose(rev(x), model(x), rtol=0, atol=1e-5)
+
+
+def draws(self: Any, x: Tensor) -> Tensor:
+    return x + self.f(x) * (self.shuffle.random() > 0.5)
+
+
+def test_a_generator_of_the_codes_own_is_refused() -> None:
+    plan = rewire.plan(loop(draws), rows())
+    assert "draws random numbers" in plan.skipped[0].detail
+
+
+def test_a_second_call_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rev, x = rewire.make_reversible(loop(anything), rows()), rows()
+    rev(x)
+    monkeypatch.setattr("rewire.programs.program_for", None)
+    rev(x)
 
 
 class Divides(nn.Module):
@@ -270,6 +303,16 @@ def test_a_sum_in_place_into_what_a_module_keeps_is_refused() -> None:
     plan = rewire.plan(Loop(AddsToKept).double(), rows())
     assert not plan.chains
     assert "a module keeps" in plan.skipped[0].detail
+
+
+def test_a_sum_in_place_of_another_dtype_is_refused() -> None:
+    def adds_wider(self: Any, x: Tensor) -> Tensor:
+        x += self.f(x).double()
+        return x
+
+    plan = rewire.plan(loop(adds_wider).float(), rows().float() * 1.0)
+    assert not plan.chains
+    assert "adds torch.float64 in place" in plan.skipped[0].detail
 
 
 # ---- buffers that children write into ----------------------------------------------------

@@ -143,12 +143,12 @@ def extract(
         CannotTrace: The graph is not what was watched.
     """
     numbers = tuple(range(len(residuals)))
-    if any(len(trace.adds) != residual.adds for residual in residuals):
-        if not in_part:
-            raise CannotTrace(
-                f"its trace has {len(trace.adds)} tensor adds, {residuals[0].adds} were watched"
-            )
+    if in_part:
         numbers, residuals = present(trace, residuals)
+    elif any(len(trace.adds) != residual.adds for residual in residuals):
+        raise CannotTrace(
+            f"its trace has {len(trace.adds)} tensor adds, {residuals[0].adds} were watched"
+        )
     pieces: list[Piece] = []
     for residual, following in zip_longest(residuals, residuals[1:]):
         pieces.append(Piece(trace, residual, pieces, homes, trunk, following))

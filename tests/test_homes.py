@@ -489,6 +489,15 @@ def test_a_loop_may_go_round_fewer_times() -> None:
     assert_runs(model, x, (x,), (x, 0, 3), (x, 2), (x, 4), (x,))
     rev = rewire.make_reversible(model, x)
     assert torch.equal(rev(x, 5), x)
+    assert torch.allclose(rev(x, 2), three_steps(model, x), rtol=0, atol=1e-12)
+
+
+def three_steps(model: Any, x: Tensor) -> Tensor:
+    """The last three modules in two streams, and their merge."""
+    older = newest = x
+    for f in model.f[2:]:
+        older, newest = newest, older + f(newest)
+    return (older + newest) / 2
 
 
 def test_residual_modules_that_the_example_did_not_come_to() -> None:

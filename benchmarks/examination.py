@@ -78,7 +78,7 @@ class Examination:
 
 COLUMNS = """parameters inputs adds chains planned modules of_modules convert_seconds share outside
     gradient_error dtype exact autocast plain_eval plain_train plain_batch plain_size statistics
-    keys left reason seconds""".split()
+    keys left reason refusal seconds""".split()
 
 
 def examine(specimen: Specimen) -> Row:
@@ -260,8 +260,13 @@ def gradients_bit_by_bit(
     """
     rev = rewire.make_reversible(model, plan=plan)
     for name, half in {"exact": False, "autocast": True}.items():
-        trains = _trains(model, example, half)
-        result.check(name, _as_its_twin(rev, example, half) if trains else None)
+        try:
+            found = _as_its_twin(rev, example, half) if _trains(model, example, half) else None
+        except rewire.RewireError as error:  # in so many words: casts on the trunk under autocast
+            result.numbers[name] = "refused"
+            result.numbers["refusal"] = str(error)[:200]
+        else:
+            result.check(name, found)
 
 
 def _as_its_twin(rev: nn.Module, example: Example, half: bool) -> bool | None:

@@ -73,17 +73,19 @@ def _told(
 
 
 def _may_be(trace: Trace, rank: int, one: Residual, residuals: Sequence[Residual]) -> bool:
-    """Whether a sum is that of a residual module: by line, and by modules called since sums before.
+    """Whether a sum is that of a residual module: by modules called since sums before, or by line.
 
-    Inlined code calls modules that no residual module names: these tell nothing.
+    Inlined code calls modules that no residual module names: these tell nothing. With the same
+    modules another line is another way to say the same, with a checkpoint perhaps.
     """
     add = trace.adds[rank]
     behind = ancestors([add])
     before = [other for other in trace.adds[:rank] if other in behind]
     own = behind - ancestors(before) - set(before)
-    called = {str(node.target) for node in own if node.op == "call_module"}
+    modules = (n for n in own if n.op == "call_module" or n.meta.get("module"))  # or handed on
+    called = {str(node.target) for node in modules}
     known = called & {name for residual in residuals for name in residual.branch}
-    return add.meta["line"] == one.where and (not known or bool(known & {*one.branch}))
+    return bool(known & {*one.branch}) if known else add.meta["line"] == one.where
 
 
 def _by_line(lines: Iterable[str]) -> dict[str, list[int]]:

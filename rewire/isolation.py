@@ -7,7 +7,6 @@ import logging
 import random
 import sys
 import threading
-import types
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -25,9 +24,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from rewire.attributes import CONTAINERS, INTERNAL, same_content
+from rewire.attributes import INTERNAL, same_content
 from rewire.replay import all_rng_states, set_rng_states
-from rewire.sides import SHARED
+from rewire.residue import lru_caches, remember_holders
 
 # Runs that patch torch or take a model apart are one at a time. One lock, so that no two threads
 # can wait for each other; reentrant, for a model that is traced may hold a rewired one.
@@ -44,8 +43,6 @@ _CHECKPOINTS = (
 # What a fake tensor cannot answer: a value, a data-dependent size.
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
-_MOST_ITEMS = 1000  # of a container at the top of a file; larger ones are tables
-_LRU_CACHE = type(functools.lru_cache(lambda: None))
 
 
 @contextmanager
@@ -107,8 +104,8 @@ def isolated(model: nn.Module, more: Iterable[Tensor] = ()) -> Iterator[None]:
     that do not fit is not heard: who runs the model says what went wrong.
 
     Restored, also after an exception: attributes of every module (plain lists, dicts and
-    sets one level deep; deeper, in objects of other classes, in classes and at the top of the
-    files that define them, what fake tensors came into), registered parameters, buffers, children
+    sets one level deep; deeper, in objects, in classes and at the top of the files that define them
+    what fake tensors came into), registered parameters, buffers, children
     and hooks, values of buffers and of tensors among the attributes, training flags, the random
     states of Python, NumPy and torch, and `functools.lru_cache`s of the packages that define the
     model, which might otherwise hold fake tensors.
@@ -139,13 +136,12 @@ def _restore_at_the_end(stack: ExitStack, model: nn.Module, more: Iterable[Tenso
     stack.callback(
         _set_random_states, random.getstate(), numpy.random.get_state(), all_rng_states()
     )
-    for cache in _lru_caches(model):
+    for cache in lru_caches(model):
         stack.callback(_clear_if_used, cache, cache.cache_info().misses)
     for tensor in (*model.buffers(), *_tensor_attributes(model), *more):
         if not (tensor.is_meta or tensor.is_inference() or type(tensor) is FakeTensor):
             stack.callback(_write_back, tensor, tensor.detach().clone(), tensor._version)
-    for holder in (*_holders(model), *_shared_holders(model)):
-        stack.callback(_take_fakes_out, holder, _content(holder).copy())
+    stack.callback(remember_holders(model))
     for module in model.modules():
         stack.callback(restore, module, snapshot(module))
     stack.callback(_LOGGER.setLevel, _LOGGER.level)
@@ -259,85 +255,3 @@ def restore(module: nn.Module, before: Snapshot) -> None:
             continue
         value.clear()
         value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
-
-
-# ---- what modules hold -------------------------------------------------------------------
-
-
-def _holders(model: nn.Module) -> list[Any]:
-    """The containers and objects that modules hold as plain attributes, at any depth."""
-    found: dict[int, Any] = {}
-    todo = [v for m in model.modules() for n, v in m.__dict__.items() if n not in INTERNAL]
-    while todo:
-        item = todo.pop()
-        if type(item) is tuple:
-            todo.extend(item)
-        elif id(item) not in found and (type(item) in CONTAINERS or _is_object(item)):
-            found[id(item)] = item
-            content = _content(item)
-            todo.extend(content.values() if isinstance(content, dict) else content)
-    return list(found.values())
-
-
-def _shared_holders(model: nn.Module) -> list[Any]:
-    """The containers that classes have as attributes, and their files at the top."""
-    classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    own = [cls for cls in classes if cls.__module__.partition(".")[0] not in ("torch", "builtins")]
-    files = [sys.modules[name] for name in {cls.__module__ for cls in own} if name in sys.modules]
-    found = (value for holder in (*own, *files) for value in list(vars(holder).values()))
-    return [v for v in found if type(v) in CONTAINERS and len(v) <= _MOST_ITEMS]
-
-
-def _is_object(item: Any) -> bool:
-    return not isinstance(item, SHARED) and isinstance(getattr(item, "__dict__", None), dict)
-
-
-def _content(holder: Any) -> Any:
-    return holder if type(holder) in CONTAINERS else holder.__dict__
-
-
-def _take_fakes_out(holder: Any, before: Any) -> None:
-    """Have a holder as it was, if fake tensors are in it now: they must not outlive their mode."""
-    content = _content(holder)
-    items = content.values() if isinstance(content, dict) else content
-    if any(type(item) is FakeTensor for item in items):
-        content.clear()
-        content.extend(before) if isinstance(content, list) else content.update(before)
-
-
-# ---- caches of functions -----------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=64)
-def _caches_of(package: str, loaded: int) -> tuple[functools._lru_cache_wrapper[Any], ...]:
-    """The caches that the modules of a package have at their top, with so many modules loaded."""
-    sources = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == package]
-    return tuple(cache for source in sources for cache in _caches_in(source))
-
-
-def _caches_in(holder: Any) -> Iterator[functools._lru_cache_wrapper[Any]]:
-    """The caches among the attributes of a module or class, also behind a decorator of its own."""
-    for value in list(vars(holder).values()):
-        if type(value) in (staticmethod, classmethod):
-            value = value.__func__
-        cells = value.__closure__ or () if type(value) is types.FunctionType else ()
-        for item in (value, *(_inside(cell) for cell in cells)):
-            if type(item) is _LRU_CACHE:
-                yield item
-
-
-def _inside(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is empty
-        return None
-
-
-def _lru_caches(model: nn.Module) -> list[functools._lru_cache_wrapper[Any]]:
-    """The `functools.lru_cache`s in modules of the packages that define the model's classes."""
-    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
-    packages -= {"torch", "builtins"}
-    found = {id(c): c for package in packages for c in _caches_of(package, len(sys.modules))}
-    for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
-        found |= {id(cache): cache for cache in _caches_in(cls)}
-    return list(found.values())

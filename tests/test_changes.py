@@ -379,18 +379,21 @@ def test_the_first_run_may_be_in_several_threads_at_once() -> None:
     assert [name for name, _ in rev.named_modules()] == names
 
 
-TABLE: dict[int, Tensor] = {}
+TABLE: dict[int, Any] = {}
+DEEP: dict[str, dict[int, Any]] = {"rope": {}}
 
 
 class Tables(nn.Module):
     """Fills tables of its class and file, writes into a tensor of its own, has odd buffers."""
 
     table: ClassVar[dict[int, Tensor]] = {}
+    latest: ClassVar[Tensor | None] = None
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = loop(anything)
         self.own, self.recent = torch.ones(DIM, dtype=torch.float64), collections.deque[Tensor]()
+        self.nested: list[dict[str, Any]] = [{}]
         self.register_buffer("edges", torch.eye(3).to_sparse())
         self.register_buffer("unknown", torch.full((2,), float("nan")))
 
@@ -399,6 +402,9 @@ class Tables(nn.Module):
             if x.shape[1] not in table:
                 table[x.shape[1]] = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
             x = x + table[x.shape[1]]
+        DEEP["rope"][x.shape[1]] = (x, [x])
+        Tables.latest = x
+        self.nested[0].setdefault("x", (x,))
         self.own.mul_(0.5)
         self.recent.append(x)
         return self.blocks(x * self.own)  # type: ignore[no-any-return]
@@ -411,6 +417,7 @@ def test_planning_leaves_no_mark_on_classes_files_and_tensors() -> None:
     rewire.plan(model, x)
     hook.remove()
     assert (TABLE, Tables.table, list(model.recent), heard) == ({}, {}, [], [])
+    assert (DEEP["rope"], Tables.latest, model.nested) == ({}, None, [{}])
     assert torch.equal(model.own, torch.ones(DIM, dtype=torch.float64))
     assert model.unknown._version == version
     assert type(model(x)) is Tensor

@@ -19,6 +19,7 @@ def markdown(rows: Sequence[Row]) -> str:
             "## Totals\n\n" + totals(rows),
             "## Families\n\n" + families(rows),
             "## Chains that are not rewired, or in part\n\n" + declined(rows),
+            "## Modes that are refused\n\n" + refusals(rows),
             "## Adds left alone\n\n" + reasons(rows),
             "## Models\n\n" + models(rows),
         ]
@@ -96,6 +97,17 @@ def declined(rows: Iterable[Row]) -> str:
     return _table("model | chains there are | rewired | why", lines)
 
 
+def refusals(rows: Iterable[Row]) -> str:
+    """Models that raise in exact mode or under autocast, with what is said."""
+    lines = [
+        [f"{row['library']}/{row['model']}", mode, row["refusal"]]
+        for row in rows
+        for mode in ("exact", "autocast")
+        if row[mode] == "refused"
+    ]
+    return _table("model | mode | why", lines)
+
+
 def reasons(rows: Iterable[Row]) -> str:
     """How often each reason was given for an add that is left alone."""
     counted: Counter[str] = Counter()
@@ -110,14 +122,16 @@ def reasons(rows: Iterable[Row]) -> str:
 
 def models(rows: Iterable[Row]) -> str:
     """A line for each model."""
-    names = "chains planned share gradient_error plain_train convert_seconds verdict".split()
+    names = """chains planned share gradient_error exact autocast plain_train convert_seconds
+        verdict""".split()
     ordered = sorted(rows, key=lambda row: (row["library"], row["family"], row["model"]))
     lines = [
         [f"{row['library']}/{row['model']}", *(row[name] or "–" for name in names)]
         for row in ordered
     ]
     heading = (
-        "model | chains there are | rewired | share | gradient error | plain form | s | verdict"
+        "model | chains there are | rewired | share | gradient error | exact | under autocast | "
+        "plain form | s | verdict"
     )
     return _table(heading, lines)
 

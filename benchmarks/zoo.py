@@ -198,7 +198,8 @@ def run(
         for row in before
         if not fresh and not (failed and row["verdict"].startswith("FAILED"))
     }
-    wanted = [one for one in _some(only) if (one.library, one.name) not in done]
+    chosen = {(one.library, one.name): one for one in _some(only)}
+    wanted = [one for name, one in chosen.items() if name not in done]
     console = Console(stderr=True)
     columns = (
         BarColumn(),
@@ -214,8 +215,7 @@ def run(
             progress.update(task, advance=1, last=said[:100])
             if row["verdict"].startswith("FAILED"):
                 progress.console.print(said)
-    names = {(one.library, one.name) for one in _some(only)}
-    rows = (row for row in read(record) if (row["library"], row["model"]) in names)
+    rows = (row for row in read(record) if (row["library"], row["model"]) in chosen)
     bad = [row for row in rows if row["verdict"].startswith("FAILED")]
     raise typer.Exit(1 if bad else 0)
 

@@ -15,19 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Packages whose objects and tables are no user's: code that reads them does not depend on them.
+LIBRARIES = sys.stdlib_module_names | {"torch", "numpy"}
+
 # Compared by value, and by type: 1 is not True.
 _PLAIN: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), range, slice)
 _PLAIN += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, enum.Enum)
 _CODE = (types.BuiltinFunctionType, types.ModuleType, type)
 _FUNCTIONS: tuple[type, ...] = (types.FunctionType, types.MethodType, property)
 _FUNCTIONS += (classmethod, staticmethod, functools.partial, functools.partialmethod)
-_KNOWN = (sys.stdlib_module_names | {"torch", "numpy"}) - {"builtins", "collections", "types"}
+_KNOWN = LIBRARIES - {"builtins", "collections", "types"}
 _LEVELS = 4  # of containers and objects in each other
 _MOST_ITEMS = 1000  # of a container; of larger ones the length counts
 
 
-def _package(name: str) -> str:
-    return name.partition(".")[0]
+def package(module: str) -> str:
+    """The package of a module, by their names."""
+    return module.partition(".")[0]
 
 
 class _Same:
@@ -93,24 +97,31 @@ def _callable_mark(value: Any, known: dict[int, int], levels: int) -> Any:
 
 def _function_mark(function: types.FunctionType, known: dict[int, int], levels: int) -> Any:
     """A function, with what it reads of its file and of the functions around it."""
-    if not levels or _package(function.__module__ or "") in _KNOWN:
+    if not levels or package(function.__module__ or "") in _KNOWN:
         return _Same(function)
     file = function.__globals__
     names = _names_read(function.__code__)
     found = [file[name] for name in names if name in file]
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # it is empty
-            found.append(cell.cell_contents)
+    found += enclosed(function)
     read = [function.__defaults__, function.__kwdefaults__]
     for value in found:
         read += _read_of(value, names) if isinstance(value, (type, types.ModuleType)) else [value]
     return _Same(function), [_seen(value, known, levels - 1) for value in read]
 
 
+def enclosed(function: types.FunctionType) -> list[Any]:
+    """The values that a function holds of the functions around it."""
+    found = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it is empty
+            found.append(cell.cell_contents)
+    return found
+
+
 def _read_of(holder: Any, names: Sequence[str]) -> list[Any]:
     """What code with such names may read of a file, of a class or, by `super()`, of its bases."""
     holders = holder.__mro__ if isinstance(holder, type) else (holder,)
-    own = [h for h in holders if _package(getattr(h, "__module__", h.__name__)) not in _KNOWN]
+    own = [h for h in holders if package(getattr(h, "__module__", h.__name__)) not in _KNOWN]
     return [holder, *(vars(h)[name] for h in own for name in names if name in vars(h))]
 
 
@@ -148,7 +159,7 @@ def _seen(value: Any, known: dict[int, int], levels: int) -> Any:
         return "tensor"
     if isinstance(value, _FUNCTIONS):
         return _callable_mark(value, known, levels)
-    if isinstance(value, (*_CODE, nn.Module)) or _package(kind.__module__) in _KNOWN:
+    if isinstance(value, (*_CODE, nn.Module)) or package(kind.__module__) in _KNOWN:
         return _Same(value)
     if isinstance(value, dict):
         return kind, _entries(value, known, levels)

@@ -53,8 +53,10 @@ class Outer:
         self.emitted: set[int] = set()
         self.touching: dict[int, list[fx.Node]] = {}  # who is handed an object, in order
         self.touched: dict[int, list[fx.Node]] = {}  # the same in the code that is written here
-        for node in trace.graph.nodes:
-            for key in objects_touched(trace, node):
+        handed = ((node, objects_touched(trace, node)) for node in trace.graph.nodes)
+        self.objects = {node: keys for node, keys in handed if keys}
+        for node, keys in self.objects.items():
+            for key in keys:
                 self.touching.setdefault(key, []).append(node)
         self.norms = {piece.norm: n for n, piece in enumerate(pieces) if piece.norm is not None}
         self.heads = {p.head_norm: n for n, p in enumerate(pieces) if p.head_norm is not None}
@@ -94,7 +96,7 @@ class Outer:
 
     def _emit_branches_before(self, node: fx.Node) -> None:
         """Run the branches that are handed an object before a node is handed it."""
-        for key in objects_touched(self.trace, node):
+        for key in self.objects.get(node, ()):
             for before in self.touching[key]:
                 if before is node:
                     break
@@ -113,7 +115,7 @@ class Outer:
                     )
 
     def _touch(self, node: fx.Node) -> None:
-        for key in objects_touched(self.trace, node):
+        for key in self.objects.get(node, ()):
             self.touched.setdefault(key, []).append(node)
 
     def _wanted(self, question: fx.Node) -> list[fx.Node]:
@@ -173,7 +175,7 @@ class Outer:
         piece = self.pieces[number]
         entry, *sides = [self._emit(node) for node in (piece.entry, *piece.sides())]
         step = self.graph.call_method("step", (self.run, number, entry, *sides))
-        for node in self.trace.graph.nodes:
+        for node in self.objects:
             if node in piece.region:
                 self._touch(node)
         leaving = [piece.sum, *piece.sideways()]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
+
+from torch import fx
 
 from rewire.errors import CannotTrace
 from rewire.plans import Residual
@@ -27,10 +30,11 @@ def present(
         CannotTrace: It adds where it did not in the example, or more often, or what it adds cannot
             be told from others.
     """
-    complete = len(trace.adds) == residuals[0].adds
-    if complete and all(_may_be(trace, one.add, one, residuals) for one in residuals):
+    sums = _sums(trace, {name for residual in residuals for name in residual.branch})
+    complete = len(sums) == residuals[0].adds
+    if complete and all(sums[one.add].may_be(one) for one in residuals):
         return tuple(range(len(residuals))), tuple(residuals)
-    ranks = _by_line(str(node.meta["line"]) for node in trace.adds)
+    ranks = _by_line(one.line for one in sums)
     planned = _by_line(residual.where for residual in residuals)
     others = sum(len(found) for line, found in ranks.items() if line not in planned)
     more = [line for line in ranks if len(ranks[line]) > len(planned.get(line, ranks[line]))]
@@ -49,43 +53,69 @@ def present(
     found = sorted(
         pair
         for line in planned
-        for pair in _told(trace, residuals, planned[line], ranks.get(line, ()))
+        for pair in _told(sums, residuals, planned[line], ranks.get(line, ()))
     )
-    rows = [replace(residuals[n], add=rank, adds=len(trace.adds)) for n, rank in found]
+    rows = [replace(residuals[n], add=rank, adds=len(sums)) for n, rank in found]
     if rows and sum(residual.entry != "home" for residual in residuals) == 1:  # all are one chain
         rows[0] = replace(rows[0], entry=residuals[0].entry)
         rows[-1] = replace(rows[-1], leads=residuals[-1].leads, tail=residuals[-1].tail)
     return tuple(number for number, _ in found), tuple(rows)
 
 
+class _Sum(NamedTuple):
+    """An add in a trace.
+
+    Attributes:
+        line: Its file and line.
+        known: Of the modules called since the adds before it, those that residual modules name.
+            Inlined code calls others: these tell nothing.
+    """
+
+    line: str
+    known: set[str]
+
+    def may_be(self, residual: Residual) -> bool:
+        """Whether it is the sum of a residual module: by modules, or else by line.
+
+        With the same modules another line is another way to say the same, say with a checkpoint.
+        """
+        if self.known:
+            return bool(self.known & {*residual.branch})
+        return self.line == residual.where
+
+
+def _sums(trace: Trace, named: set[str]) -> list[_Sum]:
+    """The adds of a trace, in order."""
+    behind = [ancestors([add]) for add in trace.adds]
+    found = []
+    for rank, add in enumerate(trace.adds):
+        before: set[fx.Node] = set()
+        for other in reversed(range(rank)):  # the last one has most of the others behind it
+            sum_before = trace.adds[other]
+            if sum_before in behind[rank] and sum_before not in before:
+                before |= {sum_before, *behind[other]}
+        own = behind[rank] - before
+        modules = (n for n in own if n.op == "call_module" or n.meta.get("module"))  # or handed on
+        known = named & {str(node.target) for node in modules}
+        found.append(_Sum(str(add.meta["line"]), known))
+    return found
+
+
 def _told(
-    trace: Trace, residuals: Sequence[Residual], numbers: Sequence[int], ranks: Sequence[int]
+    sums: Sequence[_Sum],
+    residuals: Sequence[Residual],
+    numbers: Sequence[int],
+    ranks: Sequence[int],
 ) -> Iterator[tuple[int, int]]:
     """Of the sums of one line: which residual module each of them is."""
     left = list(numbers)
     for rank in ranks:
-        number = next((n for n in left if _may_be(trace, rank, residuals[n], residuals)), None)
+        number = next((n for n in left if sums[rank].may_be(residuals[n])), None)
         if number is None:
-            line = trace.adds[rank].meta["line"]
+            line = sums[rank].line
             raise CannotTrace(f"it cannot be told which residual module it adds at {line}")
         left.remove(number)
         yield number, rank
-
-
-def _may_be(trace: Trace, rank: int, one: Residual, residuals: Sequence[Residual]) -> bool:
-    """Whether a sum is that of a residual module: by modules called since sums before, or by line.
-
-    Inlined code calls modules that no residual module names: these tell nothing. With the same
-    modules another line is another way to say the same, with a checkpoint perhaps.
-    """
-    add = trace.adds[rank]
-    behind = ancestors([add])
-    before = [other for other in trace.adds[:rank] if other in behind]
-    own = behind - ancestors(before) - set(before)
-    modules = (n for n in own if n.op == "call_module" or n.meta.get("module"))  # or handed on
-    called = {str(node.target) for node in modules}
-    known = called & {name for residual in residuals for name in residual.branch}
-    return bool(known & {*one.branch}) if known else add.meta["line"] == one.where
 
 
 def _by_line(lines: Iterable[str]) -> dict[str, list[int]]:

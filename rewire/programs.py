@@ -141,9 +141,11 @@ class HomeState:
         device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
         modes = torch.is_grad_enabled(), autocast_state(device), torch.get_default_dtype()
         with ONE_AT_A_TIME:
-            key = spec, modes, original_class(type(home)).forward, self._flags(home)
+            forward = original_class(type(home)).forward
+            key = spec, modes, forward, self._flags(home)
+            code = function_marks([forward])
             for program, marks in self.programs.get(key, ()):
-                if marks == _marks(home, program) and program.suits(home, leaves, answers):
+                if marks == (code, _marks(home, program)) and program.suits(home, leaves, answers):
                     return program
             program = self._trace(home, arguments, answers)
             if sum(map(len, self.programs.values())) >= _MOST_PROGRAMS:
@@ -156,7 +158,8 @@ class HomeState:
                 )
                 self.programs.clear()
                 self.bound.clear()
-            self.programs.setdefault(key, []).append((program, _marks(home, program)))
+            marks = function_marks([forward]), _marks(home, program)
+            self.programs.setdefault(key, []).append((program, marks))
             return program
 
     def _flags(self, home: nn.Module) -> tuple[Any, ...]:
@@ -223,7 +226,6 @@ class HomeState:
 def _marks(home: nn.Module, program: Program) -> list[Any]:
     """What the code of a program would see of its modules now."""
     marks = marks_of(home, program.reads, program.constants)
-    marks += function_marks([original_class(type(home)).forward])
     if program.forms is not None:  # something that was computed decided: by its dtype, perhaps
         marks += [(p.dtype, p.device, p.requires_grad) for p in home.parameters()]
     return marks

@@ -13,12 +13,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rewire.attributes import CONTAINERS, INTERNAL
+from rewire.marks import LIBRARIES, enclosed, package
 from rewire.sides import SHARED
 
 _HOLDERS = (*CONTAINERS, deque)
 _MOST_ITEMS = 1000  # of a container of a class or file; larger ones are tables of another kind
 _LEVELS = 4  # of containers and objects in what has come in
-_KNOWN = sys.stdlib_module_names | {"torch", "numpy"}
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
 
 
@@ -78,7 +78,7 @@ def _attributes(item: Any) -> Any:
 
 
 def _is_known(module: str) -> bool:
-    return module.partition(".")[0] in _KNOWN
+    return package(module) in LIBRARIES
 
 
 def _take_out(content: Any, then: Any) -> None:
@@ -118,9 +118,9 @@ def _has_fake(value: Any, levels: int) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _caches_of(package: str, loaded: int) -> tuple[functools._lru_cache_wrapper[Any], ...]:
+def _caches_of(wanted: str, loaded: int) -> tuple[functools._lru_cache_wrapper[Any], ...]:
     """The caches that the modules of a package have at their top, with so many modules loaded."""
-    sources = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == package]
+    sources = [m for name, m in list(sys.modules.items()) if package(name) == wanted]
     return tuple(cache for source in sources for cache in _caches_in(source))
 
 
@@ -129,24 +129,17 @@ def _caches_in(holder: Any) -> Iterator[functools._lru_cache_wrapper[Any]]:
     for value in list(vars(holder).values()):
         if type(value) in (staticmethod, classmethod):
             value = value.__func__
-        cells = value.__closure__ or () if type(value) is types.FunctionType else ()
-        for item in (value, *(_inside(cell) for cell in cells)):
+        inside = enclosed(value) if type(value) is types.FunctionType else ()
+        for item in (value, *inside):
             if type(item) is _LRU_CACHE:
                 yield item
 
 
-def _inside(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is empty
-        return None
-
-
 def lru_caches(model: nn.Module) -> list[functools._lru_cache_wrapper[Any]]:
     """The `functools.lru_cache`s in modules of the packages that define the model's classes."""
-    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    packages = {package(type(module).__module__) for module in model.modules()}
     packages -= {"torch", "builtins"}
-    found = {id(c): c for package in packages for c in _caches_of(package, len(sys.modules))}
+    found = {id(c): c for name in packages for c in _caches_of(name, len(sys.modules))}
     for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
         found |= {id(cache): cache for cache in _caches_in(cls)}
     return list(found.values())

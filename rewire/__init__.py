@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rewire.comparison import Difference, Distance, distance
-    from rewire.coupling import Bdia, Coefficients, Consistent, Coupling, Dr2, Re2
+    from rewire.coupling import Bdia, Consistent, Coupling, Dr2, Re2
     from rewire.errors import (
         BadFile,
         CannotTrace,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         RewireError,
         StreamMismatch,
     )
+    from rewire.integers import Coefficients
     from rewire.planning import plan
     from rewire.plans import Chain, Plan, Residual, Skipped
     from rewire.profiling import Profile, profile
@@ -34,7 +35,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "comparison": ("Difference", "Distance", "distance"),
-    "coupling": ("Bdia", "Coefficients", "Consistent", "Coupling", "Dr2", "Re2"),
+    "coupling": ("Bdia", "Consistent", "Coupling", "Dr2", "Re2"),
     "errors": (
         "BadFile",
         "CannotTrace",
@@ -43,6 +44,7 @@ _HOMES = {
         "RewireError",
         "StreamMismatch",
     ),
+    "integers": ("Coefficients",),
     "planning": ("plan",),
     "plans": ("Chain", "Plan", "Residual", "Skipped"),
     "profiling": ("Profile", "profile"),

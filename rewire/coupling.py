@@ -24,25 +24,18 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rewire.errors import RewireError
+from rewire.fused import merge
+from rewire.integers import Coefficients
 
-Weight = float | Tensor
 WHOLE = 32  # bits: the older stream itself is kept
 _MOST_BITS = 22
 _SLACK = 2
-
-
-class Coefficients(NamedTuple):
-    """a, b and c of one step: numbers, or tensors that broadcast to the stream."""
-
-    a: Weight
-    b: Weight
-    c: Weight
 
 
 @dataclass(frozen=True)
@@ -179,11 +172,10 @@ class Re2(Coupling):
         return self.merge_by == "sum"
 
     def merge(self, newest: Tensor, older: Tensor, first: Tensor) -> Tensor:
-        """The chain's output. The sum is changed in place: one stream less at the peak."""
+        """The chain's output."""
         if self.merge_by == "last":
             return newest
-        total = torch.add(newest, older)
-        return total.mul_(0.5) if self.merge_by == "mean" else total.sub_(first)
+        return merge(newest, older, None if self.merge_by == "mean" else first)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rewire.errors import NotRepeatable
+from rewire.fused import apart
 from rewire.observers import observing
 
 CHECKS = ("warn", "raise", "off")
@@ -81,8 +82,8 @@ def compare(
         return
     bound = 0.0 if exact else max(limit(newest.dtype), torch.finfo(coarsest).eps)
     with torch.no_grad():
-        scale = newest.abs().amax().clamp_min_(torch.finfo(newest.dtype).tiny)
-        difference = torch.sub(newest, older).abs_().amax()
+        size, difference = apart(newest, older)
+        scale = size.clamp_min(torch.finfo(newest.dtype).tiny)
         relative = torch.where(difference.isinf(), torch.nan, difference / scale)
     if newest.device.type == "cuda" and not _listeners and chain.check != "raise":
         _postpone(_Verdict(chain, relative, bound, exact, None))

@@ -98,7 +98,7 @@ class Grid:
             return None
         return OnGrid(self._last.step, _reciprocal(self._last.step))
 
-    def watch(self, stream: Tensor, grid: OnGrid) -> OnGrid | None:
+    def watch(self, stream: Tensor, grid: OnGrid, largest: Tensor | None = None) -> OnGrid | None:
         """Note the largest value of a new stream; a coarser grid where it does not fit.
 
         On an accelerator that is looked at in the chain's first run only, which waits for the
@@ -106,7 +106,7 @@ class Grid:
         """
         if _valueless(stream):
             return None
-        largest, last = _largest(stream), self._last
+        largest, last = _largest(stream) if largest is None else largest, self._last
         if last is None or (last.dtype, last.device) != (stream.dtype, stream.device):
             last = _Last.of(grid.step, largest)
         self._last = last = last.seeing(largest)
@@ -203,11 +203,11 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows = zip(ctx.needs_input_grad[2:], ctx.weights, ctx.forms, strict=True)
-        found = [_weighted(gradient, w, *form) if needed else None for needed, w, form in rows]
+        found = [weighted(gradient, w, *form) if needed else None for needed, w, form in rows]
         return None, None, *found
 
 
-def _weighted(gradient: Tensor, weight: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def weighted(gradient: Tensor, weight: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The gradient of one term: weighted, summed to the term's shape, in its dtype."""
     gradient = gradient if type(weight) is float and weight == 1.0 else gradient * weight
     return gradient.sum_to_size(shape).to(dtype)

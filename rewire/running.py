@@ -180,9 +180,9 @@ def _couple(
     output = _ran(tape, step, x, sides)
     terms = output.branch, x if output.trunk is None and link.tail is not None else output.trunk
     _check_shape(branch.name, output.branch, newest)
-    following = undo.forward(newest, older, *terms)
+    following, largest = undo.measured(newest, older, *terms)
     if grid is not None:
-        coarser = course.grid.watch(following, grid)
+        coarser = course.grid.watch(following, grid, largest)
         if coarser is not None:
             undo.grid = coarser
             following = undo.forward(newest, older, *terms)

@@ -35,7 +35,7 @@ def run(
     """Outputs, gradients of the input and of all parameters, and buffers."""
     torch.manual_seed(seed)
     x = x.detach().to(mode.dtype).requires_grad_()
-    with mode():
+    with mode(x.device.type):
         outputs = [t for t in tensors_of(model(x, **kwargs)) if t.is_floating_point()]
     loss = sum(((number + 1) * t.double().sin()).sum() for number, t in enumerate(outputs))
     wrt = [x, *(p for p in model.parameters() if p.requires_grad)]

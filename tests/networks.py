@@ -33,8 +33,8 @@ class Mode:
     dtype: torch.dtype
     autocast: bool = False
 
-    def __call__(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, self.autocast)
+    def __call__(self, device: str = "cpu") -> torch.autocast:
+        return torch.autocast(device, torch.bfloat16, self.autocast)
 
 
 MODES = {

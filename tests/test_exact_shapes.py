@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import rewire
-from rewire import arithmetic
+from rewire import integers
 from rewire.reversible import ReversibleSequential
 from tests.exactness import assert_as_stored, assert_exact, courses, run, some, spread
 from tests.networks import COUPLINGS, MODES, WIDTH, Mode, convolutions, perceptron, rows
@@ -116,7 +116,7 @@ def test_inverses_in_slices(
     coupling: str, layout: str, slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Streams larger than a cache are walked back in parts where the branch may not be reused."""
-    monkeypatch.setattr(arithmetic, "_SLICE", slices)
+    monkeypatch.setattr(integers, "_SLICE", slices)
     torch.manual_seed(1)
     branches = [nn.Sequential(convolutions(), Held()) for _ in range(4)]
     net = ReversibleSequential(branches, coupling=coupling, check="raise")

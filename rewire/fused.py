@@ -49,19 +49,34 @@ def takes(stream: Tensor, k: Sequence[Any] = ()) -> bool:
 
 @functools.cache
 def _works(device: torch.device) -> bool:
-    """Whether Triton compiles and runs here; says once why not."""
+    """Whether Triton compiles, runs and gives the right bits here; says once why not."""
     if launching is None:
         return False
     try:
-        launching.apart(torch.ones(1, device=device), torch.ones(1, device=device))
+        wrong = _probe(device)
     except Exception as error:
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong:
         warnings.warn(
-            f"rewire: Triton does not work on {device} ({type(error).__name__}: {error}). Steps of "
-            "the streams run operation by operation instead: right, and slower.",
+            f"rewire: Triton does not work on {device} ({wrong}). Steps of the streams run "
+            "operation by operation instead: right, and slower.",
             stacklevel=2,
         )
-        return False
-    return True
+    return not wrong
+
+
+def _probe(device: torch.device) -> str:
+    """What is wrong with a step there and back by kernels; empty where nothing is."""
+    step = torch.tensor(0.25, device=device)
+    x = torch.arange(-50.0, 50.0, device=device)
+    terms = x, x.flip(0), x / 7, None
+    k, inverse, out = (0.5, 0.5, 1.5), 1 / step, torch.empty_like(x)
+    value, largest = launching.couple(*terms, k, step, inverse)
+    expected = integers.couple(*terms, Coefficients(*k), OnGrid(step, inverse))
+    words = launching.pack(terms[1], k[1], inverse, 1, 0)
+    launching.uncouple(value, x, *terms[2:], k, step, inverse, words, 1, 0, out)
+    right = value.equal(expected) and out.equal(terms[1]) and largest.equal(expected.abs().max())
+    return "" if right else "its results are not those of torch"
 
 
 # ---- operators ---------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rewire import fused
 from rewire.integers import Coefficients
@@ -70,17 +71,28 @@ def test_the_operators_gradient_is_that_of_the_equation() -> None:
         torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
 
 
-def test_without_triton_operations_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Triton that does not run is told of once, and is not used."""
+def _fails(*_: Any) -> Any:
+    raise RuntimeError("no compiler")
 
-    def fails(*_: Any) -> None:
-        raise RuntimeError("no compiler")
 
+def _lies(newest: Tensor, older: Tensor, *_: Any) -> Any:
+    return older.clone(), older.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("couple", "told"), [(_fails, "no compiler"), (_lies, "not those of torch")], ids=["", "wrong"]
+)
+def test_without_a_triton_that_works_operations_do_it(
+    couple: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told of once; planted."""
+    for name in ("pack", "uncouple"):
+        monkeypatch.setattr(launching, name, lambda *_: None)
     monkeypatch.setattr(fused, "DEVICES", {"cpu"})
-    monkeypatch.setattr(launching, "apart", fails)
+    monkeypatch.setattr(launching, "couple", couple)
     fused._works.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="no compiler"):
+        with pytest.warns(UserWarning, match=told):
             assert not fused.takes(torch.ones(2), Coefficients(0.0, 1.0, 1.0))
         assert not fused.takes(torch.ones(2))
     finally:

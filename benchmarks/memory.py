@@ -1,36 +1,43 @@
-"""Peak memory and time of one training step: plain, checkpointed, and rewired.
+"""Peak memory and time of one training step: rewire and its rivals, side by side.
 
     uv run python benchmarks/memory.py                      # the standard workloads
-    uv run python benchmarks/memory.py --model timm/vit_small_patch16_224 --batch 8
-    uv run python benchmarks/memory.py --record             # append to records/memory.csv
+    uv run python benchmarks/memory.py --model timm/vit_small_patch16_224 --batch 8,32
+    uv run python benchmarks/memory.py --model torchvision/swin3d_t --batch 1 \\
+        --frames 32,64,128 --device cuda --dtype bfloat16 --against checkpoint,offload --record
 
-All ways run in one process, turn by turn, so that ratios compare like with like. Bytes are
-those of live tensors (`rewire.profiling`), gradients of parameters preallocated.
+All ways (see `rivals.py`) run in one process on the same parameters and the same input, turn by
+turn, so that ratios compare like with like; gradients are allocated beforehand. A way that cannot
+be run is a row too, with the reason as its note. The libraries: `uv sync --group rivals`.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
+import json
+import math
+import platform
 import statistics
-import time
-from collections.abc import Callable
-from typing import Annotated, Any
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-import rewire
-from benchmarks.recording import MEBI, RECORDS, record
-from benchmarks.workloads import Stack, bottlenecks, timm_vit, vit
+from benchmarks.costs import StepBytes, release, step, step_bytes, zero_gradients
+from benchmarks.recording import MEBI, RECORDS, Row, keep_pages, record, show, step_seconds
+from benchmarks.rivals import REMARKS, WAYS, Subject, applicable, make
+from benchmarks.workloads import bottlenecks, timm_vit, vit
+from rewire.errors import RewireError
 from rewire.inputs import example_for
-from rewire.profiling import profile
 from rewire.sources import open_model
 
-RECORD = RECORDS / "memory.csv"
-
+RECORD = RECORDS / "rivals.csv"
+WARM_UP = 2
 
 WORKLOADS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
     "vit": vit,
@@ -38,98 +45,314 @@ WORKLOADS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
     "timm-vit": timm_vit,
 }
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-def ways_of(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, nn.Module]:
-    """The rivals, sharing their parameters."""
-    ways = {"plain": model}
-    if isinstance(model, Stack):
-        ways["checkpoint"] = Stack(model.blocks, checkpointed=True)
-    elif hasattr(model, "set_grad_checkpointing"):
-        ways["checkpoint"] = copy.deepcopy(model)
-        ways["checkpoint"].set_grad_checkpointing()
-    ways["rewire"] = rewire.make_reversible(model, inputs)
-    return ways
-
-
-def step_seconds(model: nn.Module, inputs: tuple[Any, ...]) -> float:
-    """Time of one forward and backward."""
-    start = time.perf_counter()
-    model(*inputs).float().square().mean().backward()
-    return time.perf_counter() - start
+COLUMNS = {
+    "what": "{what}",
+    "input": "{input}",
+    "depth": "{depth}",
+    "way": "{way}",
+    "peak MiB": "{peak_mib}",
+    "× plain": "{peak_ratio}",
+    "left": "{left_bytes}",
+    "ms": "{ms_p50}",
+    "time × plain": "{time_p50} ({time_p20}–{time_p80})",
+    "note": "{note}",
+}
 
 
-def measure(workload: str, depth: int, model: nn.Module, inputs: Any, rounds: int) -> list[Any]:
-    """One row for each way: bytes, and seconds over `rounds` paired rounds."""
-    ways = ways_of(model, inputs)
-    profiles = {name: profile(way, *inputs) for name, way in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            seconds[name].append(step_seconds(way, inputs))
-    rows = []
-    for name in ways:
-        pairs = zip(seconds[name], seconds["plain"], strict=True)
-        ratios = sorted(own / plain for own, plain in pairs)
-        rows.append(
-            {
-                "workload": workload,
-                "depth": depth,
-                "way": name,
-                "peak_mib": round(profiles[name].peak_bytes / MEBI, 2),
-                "left_bytes": profiles[name].left_bytes,
-                "peak_ratio": round(profiles[name].peak_bytes / profiles["plain"].peak_bytes, 4),
-                "time_ratio_median": round(statistics.median(ratios), 3),
-                "time_ratio_min": round(ratios[0], 3),
-                "time_ratio_max": round(ratios[-1], 3),
-                "rounds": rounds,
-            }
-        )
-    return rows
+# ---- what is measured --------------------------------------------------------------------
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the rows."""
-    table = Table("workload", "depth", "way", "peak MiB", "x plain", "left", "time x plain (range)")
-    for row in rows:
-        spread = f"{row['time_ratio_min']}-{row['time_ratio_max']}"
-        table.add_row(
-            row["workload"],
-            str(row["depth"]),
-            row["way"],
-            f"{row['peak_mib']:.1f}",
-            f"{row['peak_ratio']:.3f}",
-            str(row["left_bytes"]),
-            f"{row['time_ratio_median']} ({spread})",
-        )
-    Console().print(table)
+@dataclass(frozen=True)
+class Case:
+    """A model and its input; None leaves a size as it is.
+
+    Attributes:
+        what: A workload, or a model as rewire opens it.
+        depth: Blocks of a workload.
+        batch: Samples.
+        frames: T of an input [B, 3, T, H, W].
+        size: H and W of an input [B, 3, (T,) H, W].
+    """
+
+    what: str
+    depth: int | None = None
+    batch: int | None = None
+    frames: int | None = None
+    size: int | None = None
+
+    def subject(self, device: torch.device, dtype: torch.dtype) -> Subject:
+        """Make the model, in train mode, and its input.
+
+        Raises:
+            typer.BadParameter: There is no such model, or its input has no such size.
+        """
+        torch.manual_seed(0)
+        model, x = self._made()
+        shape = self._shape(x)
+        inputs = torch.randn(shape, device=device, requires_grad=x.requires_grad)
+        return Subject(model.train().to(device), inputs, dtype)
+
+    def _made(self) -> tuple[nn.Module, Tensor]:
+        if self.what in WORKLOADS:
+            return WORKLOADS[self.what](self.depth or 12)
+        try:
+            model = open_model(self.what).module
+            inputs = example_for(model).args
+        except RewireError as error:
+            raise typer.BadParameter(str(error)) from error
+        if len(inputs) != 1:
+            raise typer.BadParameter(f"{self.what}: takes {len(inputs)} inputs, not one tensor.")
+        return model, inputs[0]
+
+    def _shape(self, x: Tensor) -> list[int]:
+        shape = list(x.shape)
+        if self.batch is not None:
+            shape[0] = self.batch
+        if self.size is not None:
+            self._refuse("--size", x, x.dim() < 4)
+            shape[-2:] = [self.size, self.size]
+        if self.frames is not None:
+            self._refuse("--frames", x, x.dim() != 5)
+            shape[2] = self.frames
+        return shape
+
+    def _refuse(self, option: str, x: Tensor, wrong: bool) -> None:
+        if wrong:
+            shape = ",".join(map(str, x.shape))
+            raise typer.BadParameter(f"{option} is not for {self.what}, which takes [{shape}].")
+
+    def row(self, subject: Subject) -> Row:
+        """What the rows of this case begin with."""
+        return {
+            "what": self.what,
+            "depth": self.depth if self.depth is not None else "",
+            "batch": subject.x.shape[0],
+            "frames": subject.x.shape[2] if subject.x.dim() == 5 else "",
+            "input": "x".join(map(str, subject.x.shape)),
+            "dtype": str(subject.dtype).removeprefix("torch."),
+        }
+
+
+# ---- measuring ---------------------------------------------------------------------------
+
+
+@dataclass
+class Entry:
+    """One way in the race.
+
+    Attributes:
+        name: Of the way.
+        model: What runs; None before it is made, and after it has failed.
+        cost: Its bytes.
+        seconds: Of each round.
+        note: A remark, or why it failed.
+    """
+
+    name: str
+    model: nn.Module | None = None
+    cost: StepBytes | None = None
+    seconds: list[float] = field(default_factory=list)
+    note: str = ""
+
+    def enter(self, subject: Subject) -> None:
+        """Make it, warm it up, and measure its bytes."""
+        try:
+            self.model, self.cost = self._ready(subject)
+            self.note = REMARKS.get(self.name, "")
+        except Exception as error:  # any rival's code may run here
+            self.note = reason(error, subject.x.device)
+        release(subject.x.device)  # not while an error holds what its frames do
+
+    def _ready(self, subject: Subject) -> tuple[nn.Module, StepBytes]:
+        model = make(self.name, subject)
+        for _ in range(WARM_UP):
+            zero_gradients(subject.leaves)
+            step(model, subject.x)
+        release(subject.x.device)
+        zero_gradients(subject.leaves)
+        return model, step_bytes(model, subject.x)
+
+    def turn(self, subject: Subject) -> None:
+        """Time one step, where it still runs.
+
+        On CUDA after one that is not timed: it finds the allocator as other ways have left it.
+        """
+        if self.model is None:
+            return
+        zero_gradients(subject.leaves)
+        try:
+            if subject.x.is_cuda:
+                step(self.model, subject.x)
+            self.seconds.append(step_seconds(self.model, subject.x))
+        except Exception as error:  # memory may be out in one turn and not in another
+            self.model, self.seconds = None, []
+            self.note = f"while timed: {reason(error, subject.x.device)}"
+        if self.model is None:
+            release(subject.x.device)
+
+
+def reason(error: Exception, device: torch.device) -> str:
+    """A failure in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        total = torch.cuda.get_device_properties(device).total_memory
+        return f"out of memory ({total / 2**30:.0f} GiB)"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
+
+
+def race(subject: Subject, names: Sequence[str], rounds: int) -> list[Entry]:
+    """Measure ways: their bytes one after the other, then their times in turns."""
+    entries = [Entry(name) for name in names]
+    torch.compiler.reset()
+    for entry in entries:
+        entry.enter(subject)
+        Console(stderr=True).print(f"  {entry.name} {entry.note}", highlight=False)
+    for number in range(rounds):
+        for entry in entries[:: 1 if number % 2 else -1]:
+            entry.turn(subject)
+    return entries
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """20, 50 and 80 per cent of some values, NaN of none."""
+    if not values:
+        return (math.nan, math.nan, math.nan)
+    ordered, fifth = sorted(values), len(values) // 5
+    return ordered[fifth], statistics.median(ordered), ordered[-1 - fifth]
+
+
+def rows_of(entries: Sequence[Entry], rounds: int) -> list[Row]:
+    """One row for each way; blank where there is no number, ratios where plain has none."""
+    plain = next(entry for entry in entries if entry.name == "plain")
+    return [
+        {
+            "way": entry.name,
+            "peak_mib": round(entry.cost.peak / MEBI, 2) if entry.cost else "",
+            "left_bytes": entry.cost.left if entry.cost else "",
+            "peak_ratio": _ratio(entry.cost, plain.cost),
+            **_spread("ms", [1000 * seconds for seconds in entry.seconds]),
+            **_spread("time", [a / b for a, b in zip(entry.seconds, plain.seconds, strict=False)]),
+            "rounds": rounds,
+            "note": entry.note,
+        }
+        for entry in entries
+    ]
+
+
+def _ratio(own: StepBytes | None, plain: StepBytes | None) -> float | str:
+    return round(own.peak / plain.peak, 4) if own and plain else ""
+
+
+def _spread(name: str, values: Sequence[float]) -> Row:
+    """Columns of a quantity's percentiles, blank where there is nothing."""
+    found = zip(("p20", "p50", "p80"), percentiles(values), strict=True)
+    return {f"{name}_{key}": "" if math.isnan(v) else round(v, 3) for key, v in found}
+
+
+# ---- the program -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all cases have in common: where and how often, and whether compiled ways run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rounds: int
+    compilers: bool = False
+
+
+def measure(case: Case, against: Sequence[str], setting: Setting) -> list[Row]:
+    """All rows of one case."""
+    release(setting.device)  # the case before
+    subject = case.subject(setting.device, setting.dtype)
+    names = against or applicable(subject, compilers=setting.compilers)
+    names = [name for name in WAYS if name in {"plain", *names, "rewire"}]
+    begin = case.row(subject)
+    rows = rows_of(race(subject, names, setting.rounds), setting.rounds)
+    return [{**begin, **row} for row in rows]
+
+
+def cases(models: Sequence[str], workload: str, depths: str, sizes: Sequence[str]) -> list[Case]:
+    """Every combination of what was asked for.
+
+    Args:
+        models: Models by name; where there are none, workloads by depth.
+        workload: Its name, or "all".
+        depths: With commas.
+        sizes: Of the batch, the frames and the picture: each with commas, or empty.
+    """
+    grid = list(itertools.product(*map(_numbers, sizes)))
+    if models:
+        return [Case(model, None, *row) for model in models for row in grid]
+    names = list(WORKLOADS) if workload == "all" else [workload]
+    known = [name for name in names if name in WORKLOADS]
+    if known != names:
+        raise typer.BadParameter(f"{workload}: no workload. There are {', '.join(WORKLOADS)}, all.")
+    blocks = _numbers(depths)
+    return [Case(name, depth, *row) for name in names for depth in blocks for row in grid]
+
+
+def _numbers(text: str) -> list[int | None]:
+    """Numbers with commas; one None where there are none."""
+    return [int(number) for number in text.split(",")] if text else [None]
+
+
+def _known(text: str) -> list[str]:
+    """Names of ways with commas."""
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in WAYS:
+            raise typer.BadParameter(f"{name}: no way. There are {', '.join(WAYS)}.")
+    return names
+
+
+def origin(device: torch.device) -> Row:
+    """Where numbers come from, beside what `recording.environment` says."""
+    git = ["git", "-C", str(RECORDS), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": name if device.type == "cuda" else f"CPU {name}", "commit": commit}
 
 
 def main(
     workload: Annotated[str, typer.Option(help="vit, bottlenecks, timm-vit or all")] = "all",
-    depths: Annotated[str, typer.Option(help="Depths, with commas.")] = "6,12,24,48",
-    model: Annotated[str, typer.Option(help="Measure this model (see rewire --help).")] = "",
-    batch: Annotated[int, typer.Option(help="Batch size for --model.")] = 8,
+    depths: Annotated[str, typer.Option(help="Depths of it, with commas.")] = "6,12,24,48",
+    model: Annotated[list[str] | None, typer.Option(help="A model (see rewire --help).")] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "",
+    frames: Annotated[str, typer.Option(help="Frames of a video, with commas.")] = "",
+    size: Annotated[str, typer.Option(help="Height and width, with commas.")] = "",
+    against: Annotated[str, typer.Option(help=f"Ways, with commas: {', '.join(WAYS)}.")] = "",
+    compilers: Annotated[bool, typer.Option("--compile", help="The compiled ways too.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast")] = "float32",
     rounds: Annotated[int, typer.Option(help="Paired rounds for the times.")] = 5,
-    save: Annotated[bool, typer.Option("--record", help=f"Append to {RECORD.name}.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    save: Annotated[bool, typer.Option("--record", help="Append to the record.")] = False,
+    to: Annotated[Path, typer.Option(help="The record.", show_default=RECORD.name)] = RECORD,
 ) -> None:
     """Measure peak memory and time of one training step, side by side."""
-    torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
-    if model:
-        module = open_model(model).module.train()
-        (example,) = example_for(module).args
-        inputs = torch.cat([example[:1]] * batch)
-        rows += measure(model, 0, module, (inputs,), rounds)
+    keep_pages()
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype}: no dtype. There are {', '.join(DTYPES)}.")
+    setting = Setting(torch.device(device), DTYPES[dtype], rounds, compilers)
+    ways = _known(against)
+    rows: list[Row] = []
+    for case in cases(model or [], workload, depths, (batch, frames, size)):
+        Console(stderr=True).print(str(case), soft_wrap=True)
+        found = measure(case, ways, setting)
+        if save:  # each by itself: a run that is stopped keeps what it has
+            record(found, to, **origin(setting.device))
+        rows += found
+    if as_json:
+        print(json.dumps(rows, indent=1))
     else:
-        names = list(WORKLOADS) if workload == "all" else [workload]
-        for name in names:
-            for depth in map(int, depths.split(",")):
-                Console(stderr=True).print(f"{name}, depth {depth}")
-                module, x = WORKLOADS[name](depth)
-                rows += measure(name, depth, module, (x,), rounds)
-    show(rows)
-    if save:
-        record(rows, RECORD)
+        show(rows, COLUMNS)
 
 
 if __name__ == "__main__":

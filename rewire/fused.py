@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from rewire import integers
@@ -43,6 +44,7 @@ def takes(stream: Tensor, k: Sequence[Any] = ()) -> bool:
         stream.device.type in DEVICES
         and stream.dtype in (torch.float32, torch.float64)
         and not any(isinstance(weight, Tensor) for weight in k)
+        and not isinstance(stream, FakeTensor)  # nothing runs, and nothing is to be probed
         and _works(stream.device)
     )
 

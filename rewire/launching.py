@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from rewire import kernels
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _BLOCK = 1024
 _WARPS = 4
@@ -15,6 +22,20 @@ _WHOLE = {torch.float32: 2.0**23, torch.float64: 2.0**52}  # from here on floats
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
+def _on_its_device(
+    launch: Callable[Concatenate[Tensor, P], R],
+) -> Callable[Concatenate[Tensor, P], R]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(launch)
+    def launched(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+            return launch(first, *args, **kwargs)
+
+    return launched  # type: ignore[return-value]
+
+
+@_on_its_device
 def couple(
     newest: Tensor,
     older: Tensor,
@@ -57,6 +78,7 @@ def couple(
     return value, bits.view(older.dtype)
 
 
+@_on_its_device
 def uncouple(
     newer: Tensor,
     newest: Tensor,
@@ -104,6 +126,7 @@ def uncouple(
         )
 
 
+@_on_its_device
 def pack(older: Tensor, b: float, inverse: Tensor, width: int, slack: int) -> Tensor:
     """The digits of x_{i-1}, `width` bits each: int64 words in the order of its memory."""
     each = _WORD // width
@@ -126,6 +149,7 @@ def pack(older: Tensor, b: float, inverse: Tensor, width: int, slack: int) -> Te
     return words
 
 
+@_on_its_device
 def merge(newest: Tensor, older: Tensor, first: Tensor | None) -> Tensor:
     """(x_n + x_{n-1}) / 2, or x_n + x_{n-1} - x_0 where x_0 is given."""
     out = torch.empty_like(newest)
@@ -142,6 +166,7 @@ def merge(newest: Tensor, older: Tensor, first: Tensor | None) -> Tensor:
     return out
 
 
+@_on_its_device
 def apart(newest: Tensor, older: Tensor) -> Tensor:
     """[2]: the largest absolute values of x_0 and of x_0 - x_{-1}; NaN where there is one."""
     bits = torch.zeros(2, dtype=_BITS[newest.dtype], device=newest.device)

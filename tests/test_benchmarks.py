@@ -22,7 +22,7 @@ from rewire.profiling import LiveBytes, scalar_loss
 # What libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-CPU = Setting(torch.device("cpu"), torch.float32, rounds=2)
+CPU = Setting(torch.device("cpu"), torch.float32, rounds=1)
 MODULES = {"reformer": "reformer_pytorch"}
 # compile needs a C++ compiler and a minute, offload nothing that a CPU has.
 QUICK = [name for name in WAYS if not name.startswith("compile")]

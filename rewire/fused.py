@@ -7,24 +7,24 @@ bits but for some divisions, so that one chain keeps to one of them.
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rewire import integers
 from rewire.corrections import Digits
+from rewire.errors import StreamMismatch
 from rewire.grid import OnGrid, weighted
 from rewire.integers import Coefficients, alike
 
 try:
     from rewire import launching
-except ImportError:  # no Triton for this system
+except Exception:  # no Triton for this system, or a broken one
     launching = None  # type: ignore[assignment]
 
 DEVICES = {"cuda"}
@@ -44,33 +44,42 @@ def takes(stream: Tensor, k: Sequence[Any] = ()) -> bool:
         stream.device.type in DEVICES
         and stream.dtype in (torch.float32, torch.float64)
         and not any(isinstance(weight, Tensor) for weight in k)
-        and not isinstance(stream, FakeTensor)  # nothing runs, and nothing is to be probed
+        and type(stream) in (Tensor, torch.nn.Parameter)  # not sharded, not fake: a pointer
         and _works(stream.device)
     )
 
 
-@functools.cache
+_verdicts: dict[torch.device, bool] = {}
+
+
 def _works(device: torch.device) -> bool:
     """Whether Triton compiles, runs and gives the right bits here; says once why not."""
-    if launching is None:
-        return False
-    try:
-        wrong = _probe(device)
-    except Exception as error:
-        wrong = f"{type(error).__name__}: {error}"
-    if wrong:
-        warnings.warn(
-            f"rewire: Triton does not work on {device} ({wrong}). Steps of the streams run "
-            "operation by operation instead: right, and slower.",
-            stacklevel=2,
-        )
-    return not wrong
+    if device not in _verdicts:
+        if launching is None or (
+            device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        ):
+            return False
+        try:
+            with _disable_current_modes():
+                wrong = _probe(device)
+        except torch.OutOfMemoryError:
+            return False  # another time, perhaps
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"
+        _verdicts[device] = not wrong
+        if wrong:
+            warnings.warn(
+                f"rewire: Triton does not work on {device} ({wrong}). Steps of the streams run "
+                "operation by operation instead: right, and slower.",
+                stacklevel=2,
+            )
+    return _verdicts[device]
 
 
 def _probe(device: torch.device) -> str:
     """What is wrong with a step there and back by kernels; empty where nothing is."""
-    step = torch.tensor(0.25, device=device)
-    x = torch.arange(-50.0, 50.0, device=device)
+    step = torch.tensor(0.25, device=device, dtype=torch.float32)
+    x = torch.arange(-50.0, 50.0, device=device, dtype=torch.float32)
     terms = x, x.flip(0), x / 7, None
     k, inverse, out = (0.5, 0.5, 1.5), 1 / step, torch.empty_like(x)
     value, largest = launching.couple(*terms, k, step, inverse)
@@ -307,7 +316,7 @@ def merge(newest: Tensor, older: Tensor, first: Tensor | None) -> Tensor:
     """(x_n + x_{n-1}) / 2, or x_n + x_{n-1} - x_0 where x_0 is given."""
     streams = [t for t in (newest, older, first) if t is not None]
     usual = not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
-    if usual and takes(newest) and all(alike(newest, t) for t in streams):
+    if usual and all(takes(t) and _twins(newest, t) for t in streams):
         merged: Tensor = _merge(newest, older, first)
         return merged
     total = torch.add(newest, older)  # changed in place: one stream less at the peak
@@ -316,18 +325,30 @@ def merge(newest: Tensor, older: Tensor, first: Tensor | None) -> Tensor:
 
 def apart(newest: Tensor, older: Tensor) -> tuple[Tensor, Tensor]:
     """The largest absolute values of x_0 and of x_0 - x_{-1}, 0-dimensional; NaN where one is."""
-    if takes(newest) and alike(newest, older):
+    if takes(newest) and takes(older) and _twins(newest, older):
         size, difference = _apart(newest, older)
         return size, difference
     return newest.abs().amax(), torch.sub(newest, older).abs_().amax()
+
+
+def _twins(a: Tensor, b: Tensor) -> bool:
+    """Whether a kernel may go through both at once: dense, of one layout, dtype and device."""
+    form = (a.dtype, a.device) == (b.dtype, b.device)
+    return form and alike(a, b) and a.stride() == torch.empty_like(a, device="meta").stride()
 
 
 def _laid_out(
     newest: Tensor, branch: Tensor, trunk: Tensor | None, k: Coefficients, stream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands that are read in the shape and layout of a stream."""
-    lay: Callable[[Tensor], Tensor] = lambda t: (  # noqa: E731
-        t if alike(t, stream) else torch.empty_like(stream, dtype=t.dtype).copy_(t)
-    )
+
+    def lay(t: Tensor) -> Tensor:
+        if t.device != stream.device:
+            raise StreamMismatch(
+                f"a branch is on {t.device} and its stream on {stream.device}: move its result."
+            )
+        usual = type(t) in (Tensor, torch.nn.Parameter) and alike(t, stream)
+        return t if usual else torch.empty_like(stream, dtype=t.dtype).copy_(t)
+
     read = trunk is not None or k.a != 0.0
     return lay(newest) if read else stream, lay(branch), None if trunk is None else lay(trunk)

@@ -2,9 +2,9 @@
 
 Every kernel reads each operand once and writes each result once, in place where the caller
 says so; operands are dense and laid out alike, and are gone through in the order of memory. The
-values are those of `rewire.integers` bit for bit, but for the division by a |b| that is no power
-of two, where torch multiplies by the reciprocal on a GPU. Compilation must not fuse products with
-sums (`enable_fp_fusion=False`): backward has to find the bits of forward.
+values are those of `rewire.integers` bit for bit, but for the sign of a zero and the division by
+a |b| that is no power of two, where torch multiplies by the reciprocal on a GPU. Compilation must
+not fuse products with sums (`enable_fp_fusion=False`): backward has to find the bits of forward.
 """
 
 # No `from __future__ import annotations`: Triton reads types of scalars from the annotations.
@@ -192,14 +192,17 @@ def pack_kernel(
     b = tl.full((1,), b, per.dtype)
     sign = tl.where(b < 0, -1.0, 1.0).to(per.dtype)
     packed = tl.zeros((BLOCK,), tl.int64)
-    for place in tl.static_range(EACH):
-        here = at + place * count
+    here = at
+    for place in tl.range(
+        0, EACH
+    ):  # not unrolled: at one bit that spills, and compiles for seconds
         exists = inside & (here < size)
         steps = tl.load(older + here, exists, 0) * per
         share = tl.floor(steps * tl.abs(b)) * sign
         digit = (steps - _guess(share, sign, tl.abs(b), DOUBLE)) + slack
         bits = (digit.to(tl.int64) & ((1 << WIDTH) - 1)) << (place * WIDTH)
         packed |= tl.where(exists, bits, 0)
+        here += count
     tl.store(words + at, packed, inside)
 
 

@@ -90,40 +90,40 @@ def test_without_a_triton_that_works_operations_do_it(
         monkeypatch.setattr(launching, name, lambda *_: None)
     monkeypatch.setattr(fused, "DEVICES", {"cpu"})
     monkeypatch.setattr(launching, "couple", couple)
-    fused._works.cache_clear()
+    fused._verdicts.clear()
     try:
         with pytest.warns(UserWarning, match=told):
             assert not fused.takes(torch.ones(2), Coefficients(0.0, 1.0, 1.0))
         assert not fused.takes(torch.ones(2))
     finally:
-        fused._works.cache_clear()
+        fused._verdicts.clear()
 
 
 # ---- compilation -------------------------------------------------------------------------
 
 STREAMS = ("newest", "older", "newer", "out", "value", "step", "inverse", "first")
-COMMON = {"BLOCK": 1024, "WIDE": False}
 STEP = {"TRUNK": True, "A": True, "B": True, "C": True, "WHOLE": 2.0**23}
 CONSTANTS: dict[str, dict[str, Any]] = {
     "couple_kernel": {**STEP, "INTEGER": None},
     "uncouple_kernel": {**STEP, "WIDTH": 3, "DOUBLE": False},
-    "pack_kernel": {"WIDTH": 9, "EACH": 7, "DOUBLE": False},
+    "pack_kernel": {"WIDTH": 1, "EACH": 64, "DOUBLE": False},
     "merge_kernel": {"MEAN": True},
     "apart_kernel": {"INTEGER": None},
 }
 OTHERS = {"largest": "*i32", "found": "*i32", "words": "*i64", "branch": "*bf16", "trunk": "*bf16"}
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
 @pytest.mark.parametrize("double", [False, True], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("name", CONSTANTS)
-def test_kernels_compile(name: str, architecture: int, double: bool) -> None:
+def test_kernels_compile(name: str, architecture: int, double: bool, wide: bool) -> None:
     """Without a GPU; and no product is fused with a sum, which would change bits."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(kernels, name)
-    constants = {**CONSTANTS[name], **COMMON}
+    constants = {**CONSTANTS[name], "BLOCK": 1024, "WIDE": wide}
     if "INTEGER" in constants:
         constants["INTEGER"] = triton.language.int64 if double else triton.language.int32
     if "DOUBLE" in constants:
@@ -132,7 +132,9 @@ def test_kernels_compile(name: str, architecture: int, double: bool) -> None:
     if double:
         types |= {"largest": "*i64", "found": "*i64"}
     signature = {
-        p.name: "constexpr" if p.is_constexpr else p.annotation_type or types.get(p.name, "i32")
+        p.name: "constexpr"
+        if p.is_constexpr
+        else p.annotation_type or types.get(p.name, "i64" if wide else "i32")
         for p in kernel.params
     }
     source = ASTSource(
@@ -143,3 +145,4 @@ def test_kernels_compile(name: str, architecture: int, double: bool) -> None:
     target = GPUTarget("cuda", architecture, 32)
     made = triton.compile(source, target=target, options={"enable_fp_fusion": False})
     assert "fma" not in made.asm["ptx"]
+    assert ".local" not in made.asm["ptx"]  # nothing spills

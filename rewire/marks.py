@@ -24,7 +24,7 @@ _PLAIN += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_for
 _CODE = (types.BuiltinFunctionType, types.ModuleType, type)
 _FUNCTIONS: tuple[type, ...] = (types.FunctionType, types.MethodType, property)
 _FUNCTIONS += (classmethod, staticmethod, functools.partial, functools.partialmethod)
-_KNOWN = LIBRARIES - {"builtins", "collections", "types"}
+_KNOWN = LIBRARIES - {"argparse", "builtins", "collections", "types"}
 _LEVELS = 4  # of containers and objects in each other
 _MOST_ITEMS = 1000  # of a container; of larger ones the length counts
 
@@ -91,7 +91,8 @@ def _callable_mark(value: Any, known: dict[int, int], levels: int) -> Any:
         parts = value.func, value.args, value.keywords
     else:
         own = getattr(value, "__self__", None)
-        return _Same(own), _seen(value.__func__, known, levels - 1)
+        parts = () if isinstance(own, nn.Module) else (own,)
+        return _Same(own), [_seen(part, known, levels - 1) for part in (value.__func__, *parts)]
     return type(value), [_seen(part, known, levels - 1) for part in parts]
 
 
@@ -167,9 +168,28 @@ def _seen(value: Any, known: dict[int, int], levels: int) -> Any:
         if not levels or len(value) > _MOST_ITEMS:
             return kind, len(value)
         return kind, [_seen(item, known, levels - 1) for item in value]
+    return _object_mark(value, known, levels)
+
+
+def _object_mark(value: Any, known: dict[int, int], levels: int) -> Any:
+    """An object by what it holds, or by itself where that cannot be looked into."""
+    inside = _attributes(value)
+    if inside is None:
+        return _Same(value)
+    return type(value), known.get(id(value)), _entries(inside, known, levels)
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """An object's own attributes, in its dict or its slots; None where it has neither."""
     inside = getattr(value, "__dict__", None)
-    entries = _entries(inside, known, levels) if type(inside) is dict else None
-    return kind, known.get(id(value)), entries
+    found = dict(inside) if type(inside) is dict else {}
+    slots = [vars(cls).get("__slots__", ()) for cls in type(value).__mro__]
+    if type(inside) is not dict and not any(slots):
+        return None
+    for name in (n for own in slots for n in ([own] if isinstance(own, str) else own)):
+        with suppress(AttributeError):  # it is not set
+            found[name] = getattr(value, name)
+    return found
 
 
 def _entries(value: dict[Any, Any], known: dict[int, int], levels: int) -> Any:

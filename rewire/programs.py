@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.errors import CannotTrace
@@ -98,6 +100,40 @@ def _only_branch(branch: Branch, x: Tensor, *sides: Any) -> Tensor:
     return branch(x, sides).branch
 
 
+@contextmanager
+def _outside_transforms(home: nn.Module) -> Iterator[None]:
+    """Leave torch.func's transforms, with which tracing has nothing to do, for a while.
+
+    What `functional_call` has put in the place of parameters and buffers belongs to them.
+    """
+    hooks = torch._C._autograd
+    message = hooks._saved_tensors_hooks_get_disabled_error_message()
+    with ExitStack() as stack:
+        stack.enter_context(temporarily_clear_interpreter_stack())
+        for module in home.modules():
+            for registry in (module._parameters, module._buffers):
+                tensors = {name: t for name, t in registry.items() if t is not None}
+                wrapped = {
+                    name: _plain_twin(tensor)
+                    for name, tensor in tensors.items()
+                    if torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+                }
+                stack.enter_context(mock.patch.dict(registry, wrapped))
+        hooks._saved_tensors_hooks_enable()
+        try:
+            yield
+        finally:
+            if message is not None:
+                hooks._saved_tensors_hooks_disable(message)
+
+
+def _plain_twin(leaf: Any) -> Any:
+    """A tensor of zeros for one that is inside of transforms."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+
+
 class Bound(NamedTuple):
     """A program's branches, and the normalisations of their sums, on a home."""
 
@@ -173,6 +209,9 @@ class HomeState:
         return tuple(marks)
 
     def _trace(self, home: nn.Module, arguments: Any, answers: Sequence[bool]) -> Program:
+        if torch._C._are_functorch_transforms_active():
+            with _outside_transforms(home):
+                return self._trace(home, map_leaves(_plain_twin, arguments), answers)
         forward = original_class(type(home)).forward
         trace = partial(
             program_for,

@@ -3,8 +3,10 @@ rewired."""
 
 from __future__ import annotations
 
+import argparse
 import collections
 import copy
+import dataclasses
 import functools
 import gc
 import random
@@ -23,6 +25,23 @@ from tests.specimens import DIM, Loop, mlp, rows
 from tests.test_zoo_finds import lengths
 
 
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    """An object without a dict."""
+
+    scale: float = 1.0
+
+
+class Helper:
+    """An object whose method a module keeps."""
+
+    scale = 1.0
+
+    def apply(self, h: Tensor) -> Tensor:
+        """Reads the object."""
+        return h * self.scale
+
+
 class Block(nn.Module):
     """A residual module; what its code is, the tests say."""
 
@@ -37,6 +56,9 @@ class Block(nn.Module):
         self.flag: Any = 1
         self.act: Any = torch.tanh
         self.many, self.queue = copy.copy(MANY), collections.deque([1.0])
+        self.options_given = argparse.Namespace(scale=1.0)
+        self.slotted, self.helper = Slotted(), Helper()
+        self.help = self.helper.apply
         self.shuffle = random.Random(0)
         self.post: nn.Module = nn.Identity()
 
@@ -64,6 +86,7 @@ def anything(self: Any, x: Tensor) -> Tensor:
     h = h + 1 if self.kind is torch.float32 else h
     h = h * 3 if self.flag is True else h
     h = h * self.many.scale * self.queue[0] * self.factor() + self.kind_of_shift()
+    h = self.help(h) * self.options_given.scale * self.slotted.scale
     return x + (h if isinstance(self.post, nn.Identity) else self.post(h))
 
 
@@ -76,6 +99,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "1 and True": lambda b: setattr(b, "flag", True),
     "function": lambda b: setattr(b, "act", torch.relu),
     "one of many": lambda b: setattr(b.many, "scale", 2.0),
+    "parsed options": lambda b: setattr(b.options_given, "scale", 2.0),
+    "slots": lambda b: setattr(b.slotted, "scale", 2.0),
+    "object of a method": lambda b: setattr(b.helper, "scale", 2.0),
     "deque": lambda b: b.queue.__setitem__(0, 2.0),
     "class of a child": lambda b: setattr(b, "post", nn.Tanh()),
 }

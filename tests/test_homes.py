@@ -529,3 +529,23 @@ def test_code_that_is_traced_in_every_call_says_so(monkeypatch: pytest.MonkeyPat
     with pytest.warns(UserWarning, match="traced for the 4th time"):
         found = rev(x, 3)
     assert torch.allclose(found, model(x, 3), rtol=0, atol=1e-12)
+
+
+def test_functional_transforms_around_a_model_that_has_not_run() -> None:
+    """The code is traced in its first run, here inside of the transforms."""
+    torch.manual_seed(0)
+    model, x = RootLoop().double(), torch.randn(4, 5, DIM, dtype=torch.float64)
+    names = [name for name, _ in model.named_parameters()]
+
+    def found(net: nn.Module) -> Any:
+        parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+        def loss(p: Any, one: Tensor) -> Tensor:
+            return torch.func.functional_call(net, p, (one[None],)).sin().sum()
+
+        grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        return [grads[name] for name in names], torch.func.jvp(net, (x,), (x,))[1]
+
+    rev = rewire.make_reversible(model, x, coupling=AsOriginal())
+    torch.testing.assert_close(found(rev), found(model), rtol=0, atol=1e-12)
+    rev(x).sum().backward()  # with hooks again, which the transforms had forbidden

@@ -123,7 +123,7 @@ def rows_of_small(names: list[str]) -> list[Row]:
 def test_ways_that_do_not_apply_say_so() -> None:
     linear = Subject(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
     with pytest.raises(rivals.CannotApply, match="only for the stacks"):
-        make("momentumnet", linear)
+        rivals.branches_of(linear)
     with pytest.raises(rivals.CannotApply, match="3 branches"):
         rivals.pairs_of(subject(depth=3))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.recording import MEBI, RECORDS, Row, record, show
 from rewire import integers, launching
+from rewire.corrections import Digits
 from rewire.coupling import slack_of, width_of
 from rewire.grid import OnGrid
 from rewire.integers import Coefficients
@@ -71,19 +72,17 @@ class Case:
         """Bytes, the kernel, and the same by operations."""
         k = Coefficients(*self.k)
         terms = self.newest, self.branch, None, k, self.grid
+        lost = None if self.words is None else Digits(self.words, self.width)
 
         def couple() -> object:
             value = integers.couple(self.newest, self.older, *terms[1:])
             return value, torch.linalg.vector_norm(value, float("inf"))
 
         def uncouple() -> object:
-            return integers.uncouple(self.newer, *terms, self.out)
+            return integers.uncouple(self.newer, *terms, lost, self.slack, self.out)
 
-        def merge() -> object:
-            return torch.add(self.newest, self.older).mul_(0.5)
-
-        def apart() -> object:
-            return self.newest.abs().amax(), torch.sub(self.newest, self.older).abs_().amax()
+        def pack() -> object:
+            return integers.pack(self.older, k.b, self.grid, self.width, self.slack)
 
         streams = self.newest, self.older
         cases: dict[str, tuple[int, Callable[[], object], Callable[[], object]]] = {
@@ -92,12 +91,16 @@ class Case:
         }
         if self.width:
             size = self.stream_bytes + self.lost_bytes
-            rest = lambda: integers.remainder(self.older, k.b, self.grid)  # noqa: E731
-            cases["pack"] = (size, self.pack, rest)
+            cases["pack"] = (size, self.pack, pack)
         else:
             size = self.stream_bytes
-            cases["merge"] = (3 * size, lambda: launching.merge(*streams, None), merge)
-            cases["self-check"] = (2 * size, lambda: launching.apart(*streams), apart)
+            merges = (
+                lambda: launching.merge(*streams, None),
+                lambda: integers.merge(*streams, None),
+            )
+            checks = (lambda: launching.apart(*streams), lambda: integers.apart(*streams))
+            cases["merge"] = (3 * size, *merges)
+            cases["self-check"] = (2 * size, *checks)
         return cases
 
 

@@ -84,12 +84,8 @@ class Coupled:
         if grid.behind or width == WHOLE:
             self.kept = older.detach()
         elif width:
-            older = older.detach()
-            if fused.takes(older, self.k):
-                self.correction = fused.pack(older, float(b), grid, width, self._slack)
-            else:
-                rest = integers.remainder(older, b, grid).add_(self._slack)
-                self.correction = Digits.of(rest, width)
+            pack = fused.pack if fused.takes(older, self.k) else integers.pack
+            self.correction = pack(older.detach(), b, grid, width, self._slack)
 
     @property
     def nbytes(self) -> int:
@@ -121,17 +117,13 @@ class Coupled:
             return self.kept.detach()  # another tensor: whoever writes in place sees it is shared
         if self.grid is None:
             return _back_in_floats(newer, newest, branch, trunk, self.k, own_newer)
-        k, grid, out = self.k, self.grid, newer if own_newer else torch.empty_like(newer)
-        if fused.takes(newer, k):
-            lost = self.correction, self._slack
-            fused.uncouple(newer, newest, branch, trunk, k, grid, *lost, out)
-            return out
-        integers.uncouple(newer, newest, branch, trunk, k, grid, out, own_branch=own_branch)
-        if is_(k.b, 1.0):
-            return out
-        if self.correction is not None:
-            self.correction.add_(out.sub_(self._slack))
-        return out.mul_(grid.step)
+        out = newer if own_newer else torch.empty_like(newer)
+        terms = newer, newest, branch, trunk, self.k, self.grid, self.correction, self._slack
+        if fused.takes(newer, self.k):
+            fused.uncouple(*terms, out)
+        else:
+            integers.uncouple(*terms, out, own_branch=own_branch)
+        return out
 
 
 # ---- plain floats ------------------------------------------------------------------------

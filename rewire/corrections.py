@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_WORD = 64
+WORD = 64  # bits
 _WIDEST = 16  # wider channels are kept as they are
 _FARTHEST = 2.0**20  # as are those whose guess lies farther off: sums of floats must stay exact
 
@@ -31,7 +31,7 @@ def pack(digits: Tensor, width: int) -> Tensor:
         >>> unpack(pack(torch.tensor([1.0, 7.0, 5.0]), 3), 3, 3)
         tensor([1., 7., 5.])
     """
-    each = _WORD // width
+    each = WORD // width
     count = -(-digits.numel() // each)
     words = torch.zeros(count, dtype=torch.int64, device=digits.device)
     narrow = digits.to(torch.int32) & ((1 << width) - 1)  # NaN must not reach its neighbours

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rewire import integers
-from rewire.corrections import Digits
+from rewire.corrections import WORD, Digits
 from rewire.errors import StreamMismatch
-from rewire.grid import OnGrid, weighted
-from rewire.integers import Coefficients, alike
+from rewire.grid import OnGrid, largest_of, weighted
+from rewire.integers import Coefficients, Weight, alike
+from rewire.replay import transformed
 
 try:
     from rewire import launching
@@ -44,9 +44,14 @@ def takes(stream: Tensor, k: Sequence[Any] = ()) -> bool:
         stream.device.type in DEVICES
         and stream.dtype in (torch.float32, torch.float64)
         and not any(isinstance(weight, Tensor) for weight in k)
-        and type(stream) in (Tensor, torch.nn.Parameter)  # not sharded, not fake: a pointer
+        and _is_plain(stream)
         and _works(stream.device)
     )
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether a tensor is memory that a kernel can go through: not sharded, not fake."""
+    return type(t) in (Tensor, torch.nn.Parameter)
 
 
 _verdicts: dict[torch.device, bool] = {}
@@ -108,7 +113,7 @@ def _couple(
     """x_{i+1}, and its largest absolute value."""
     k, grid = Coefficients(a, b, c), OnGrid(step, inverse)
     value = integers.couple(newest, older, branch, trunk, k, grid)
-    return value, torch.linalg.vector_norm(value, float("inf")) if value.numel() else step * 0
+    return value, largest_of(value)
 
 
 @torch.library.custom_op("rewire::uncouple", mutates_args=("out",), device_types="cpu")
@@ -129,26 +134,20 @@ def _uncouple(
 ) -> None:
     """x_{i-1} into `out`."""
     k, grid = Coefficients(a, b, c), OnGrid(step, inverse)
-    integers.uncouple(newer, newest, branch, trunk, k, grid, out)
-    if b == 1.0:
-        return
-    if words is not None:
-        Digits(words, width).add_(out.sub_(slack))
-    out.mul_(step)
+    digits = None if words is None else Digits(words, width)
+    integers.uncouple(newer, newest, branch, trunk, k, grid, digits, slack, out)
 
 
 @torch.library.custom_op("rewire::pack", mutates_args=(), device_types="cpu")
 def _pack(older: Tensor, b: float, step: Tensor, inverse: Tensor, width: int, slack: int) -> Tensor:
     """What the inverse cannot know of x_{i-1}, in words."""
-    rest = integers.remainder(older, b, OnGrid(step, inverse))
-    return Digits.of(rest.add_(slack), width).words
+    return integers.pack(older, b, OnGrid(step, inverse), width, slack).words
 
 
 @torch.library.custom_op("rewire::merge", mutates_args=(), device_types="cpu")
 def _merge(newest: Tensor, older: Tensor, first: Tensor | None) -> Tensor:
     """(x_n + x_{n-1}) / 2, or x_n + x_{n-1} - x_0."""
-    total = newest + older
-    return total.mul_(0.5) if first is None else total.sub_(first)
+    return integers.merge(newest, older, first)
 
 
 @torch.library.custom_op("rewire::apart", mutates_args=(), device_types="cpu")
@@ -156,7 +155,7 @@ def _apart(newest: Tensor, older: Tensor) -> Tensor:
     """[2]: the largest absolute values of x_0 and of x_0 - x_{-1}."""
     if not newest.numel():
         return newest.new_zeros(2)
-    return torch.stack([newest.abs().amax(), torch.sub(newest, older).abs_().amax()])
+    return torch.stack(integers.apart(newest, older))
 
 
 # ---- on a GPU ----------------------------------------------------------------------------
@@ -229,7 +228,7 @@ def _(*_: Any) -> None:
 
 @_pack.register_fake
 def _(older: Tensor, b: float, step: Tensor, inverse: Tensor, width: int, slack: int) -> Tensor:
-    each = 64 // width
+    each = WORD // width
     return older.new_empty((older.numel() + each - 1) // each, dtype=torch.int64)
 
 
@@ -301,26 +300,24 @@ def uncouple(
     slack: int,
     out: Tensor,
 ) -> None:
-    """As `integers.uncouple`, with the digits, in the streams' own unit."""
+    """As `integers.uncouple`."""
     terms = _laid_out(newest, branch, trunk, k, newer)
     lost = (None, 0) if digits is None else (digits.words, digits.width)
     _uncouple(newer, *terms, *k, grid.step, grid.inverse, *lost, slack, out)
 
 
-def pack(older: Tensor, b: float, grid: OnGrid, width: int, slack: int) -> Digits:
-    """What the inverse cannot know of x_{i-1}."""
-    return Digits(_pack(older, b, grid.step, grid.inverse, width, slack), width)
+def pack(older: Tensor, b: Weight, grid: OnGrid, width: int, slack: int) -> Digits:
+    """As `integers.pack`."""
+    return Digits(_pack(older, float(b), grid.step, grid.inverse, width, slack), width)
 
 
 def merge(newest: Tensor, older: Tensor, first: Tensor | None) -> Tensor:
     """(x_n + x_{n-1}) / 2, or x_n + x_{n-1} - x_0 where x_0 is given."""
     streams = [t for t in (newest, older, first) if t is not None]
-    usual = not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
-    if usual and all(takes(t) and _twins(newest, t) for t in streams):
+    if not transformed() and all(takes(t) and _twins(newest, t) for t in streams):
         merged: Tensor = _merge(newest, older, first)
         return merged
-    total = torch.add(newest, older)  # changed in place: one stream less at the peak
-    return total.mul_(0.5) if first is None else total.sub_(first)
+    return integers.merge(newest, older, first)
 
 
 def apart(newest: Tensor, older: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,7 +325,7 @@ def apart(newest: Tensor, older: Tensor) -> tuple[Tensor, Tensor]:
     if takes(newest) and takes(older) and _twins(newest, older):
         size, difference = _apart(newest, older)
         return size, difference
-    return newest.abs().amax(), torch.sub(newest, older).abs_().amax()
+    return integers.apart(newest, older)
 
 
 def _twins(a: Tensor, b: Tensor) -> bool:
@@ -347,8 +344,11 @@ def _laid_out(
             raise StreamMismatch(
                 f"a branch is on {t.device} and its stream on {stream.device}: move its result."
             )
-        usual = type(t) in (Tensor, torch.nn.Parameter) and alike(t, stream)
-        return t if usual else torch.empty_like(stream, dtype=t.dtype).copy_(t)
+        return (
+            t
+            if _is_plain(t) and alike(t, stream)
+            else torch.empty_like(stream, dtype=t.dtype).copy_(t)
+        )
 
     read = trunk is not None or k.a != 0.0
     return lay(newest) if read else stream, lay(branch), None if trunk is None else lay(trunk)

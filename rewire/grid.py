@@ -76,7 +76,7 @@ class Grid:
 
     def open(self, x: Tensor) -> OnGrid:
         """The grid for a run that begins with the stream `x`."""
-        largest = _largest(x)
+        largest = largest_of(x)
         last = None if _valueless(x) else self._last
         self._first = last is None or (last.dtype, last.device) != (x.dtype, x.device)
         if self._first or last is None:
@@ -106,7 +106,7 @@ class Grid:
         """
         if _valueless(stream):
             return None
-        largest, last = _largest(stream) if largest is None else largest, self._last
+        largest, last = largest_of(stream) if largest is None else largest, self._last
         if last is None or (last.dtype, last.device) != (stream.dtype, stream.device):
             last = _Last.of(grid.step, largest)
         self._last = last = last.seeing(largest)
@@ -158,7 +158,8 @@ def _valueless(x: Tensor) -> bool:
     return isinstance(x, FakeTensor) or x.device.type == "meta"
 
 
-def _largest(x: Tensor) -> Tensor:
+def largest_of(x: Tensor) -> Tensor:
+    """The largest absolute value, 0-dimensional; 0 of nothing, NaN where there is one."""
     x = x.detach()
     if x.numel() == 0:
         return x.new_zeros(())

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rewire.corrections import Digits
 from rewire.grid import OnGrid
 
 Weight = float | Tensor
@@ -57,11 +58,13 @@ def uncouple(
     trunk: Tensor | None,
     k: Coefficients,
     grid: OnGrid,
+    digits: Digits | None,
+    slack: int,
     out: Tensor,
     *,
     own_branch: bool = False,
 ) -> None:
-    """x_{i-1} into `out` where b is 1; else its smallest candidate, in steps of the grid.
+    """x_{i-1} into `out`.
 
     Args:
         newer: x_{i+1}; may be `out`.
@@ -70,6 +73,8 @@ def uncouple(
         trunk: T, or None.
         k: a, b, c.
         grid: Where the streams stand.
+        digits: What `pack` kept; None where nothing is lost.
+        slack: What it added.
         out: Receives the result; laid out as `newer`.
         own_branch: `branch` may be overwritten.
     """
@@ -85,11 +90,32 @@ def uncouple(
             torch.addcmul(newer[part], change, grid.step, value=-1, out=out[part])
         else:
             _guess(torch.mul(newer[part], grid.inverse, out=out[part]).sub_(change), k.b)
+    if is_(k.b, 1.0):
+        return
+    if digits is not None:
+        digits.add_(out.sub_(slack))
+    out.mul_(grid.step)
+
+
+def pack(older: Tensor, b: Weight, grid: OnGrid, width: int, slack: int) -> Digits:
+    """What the inverse cannot know of x_{i-1}, in `width` bits each; `slack` makes it positive."""
+    return Digits.of(remainder(older, b, grid).add_(slack), width)
 
 
 def remainder(older: Tensor, b: Weight, grid: OnGrid) -> Tensor:
     """How many steps x_{i-1} is above the smallest candidate that has its share; integral."""
     return _guess(_share(older, b, grid), b).neg_().add_(older * grid.inverse)
+
+
+def merge(newest: Tensor, older: Tensor, first: Tensor | None) -> Tensor:
+    """(x_n + x_{n-1}) / 2, or x_n + x_{n-1} - x_0 where x_0 is given."""
+    total = torch.add(newest, older)  # changed in place: one stream less at the peak
+    return total.mul_(0.5) if first is None else total.sub_(first)
+
+
+def apart(newest: Tensor, older: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest absolute values of x_0 and of x_0 - x_{-1}, 0-dimensional; NaN where one is."""
+    return newest.abs().amax(), torch.sub(newest, older).abs_().amax()
 
 
 def _has_room(branch: Tensor, stream: Tensor, trunk: Tensor | None, k: Coefficients) -> bool:

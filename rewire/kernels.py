@@ -193,9 +193,8 @@ def pack_kernel(
     sign = tl.where(b < 0, -1.0, 1.0).to(per.dtype)
     packed = tl.zeros((BLOCK,), tl.int64)
     here = at
-    for place in tl.range(
-        0, EACH
-    ):  # not unrolled: at one bit that spills, and compiles for seconds
+    # Not unrolled: at one bit that spills, and compiles for seconds.
+    for place in tl.range(0, EACH):
         exists = inside & (here < size)
         steps = tl.load(older + here, exists, 0) * per
         share = tl.floor(steps * tl.abs(b)) * sign

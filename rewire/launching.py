@@ -11,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from rewire import kernels
+from rewire.corrections import WORD
+from rewire.grid import reach
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _BLOCK = 1024
 _WARPS = 4
-_WORD = 64  # bits of a word of digits
-_WHOLE = {torch.float32: 2.0**23, torch.float64: 2.0**52}  # from here on floats are integers
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -71,7 +71,7 @@ def couple(
             A=a != 0.0,
             B=b != 1.0,
             C=c != 1.0,
-            WHOLE=_WHOLE[older.dtype],
+            WHOLE=reach(older.dtype) / 2,
             INTEGER=tl.int64 if older.dtype == torch.float64 else tl.int32,
             **_options(older.numel()),
         )
@@ -120,7 +120,7 @@ def uncouple(
             B=b != 1.0,
             C=c != 1.0,
             WIDTH=0 if words is None else width,
-            WHOLE=_WHOLE[newer.dtype],
+            WHOLE=reach(newer.dtype) / 2,
             DOUBLE=newer.dtype == torch.float64,
             **_options(newer.numel()),
         )
@@ -129,7 +129,7 @@ def uncouple(
 @_on_its_device
 def pack(older: Tensor, b: float, inverse: Tensor, width: int, slack: int) -> Tensor:
     """The digits of x_{i-1}, `width` bits each: int64 words in the order of its memory."""
-    each = _WORD // width
+    each = WORD // width
     count = -(-older.numel() // each)
     words = torch.empty(count, dtype=torch.int64, device=older.device)
     if count:

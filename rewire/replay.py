@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 AutocastState = tuple[tuple[str, bool, torch.dtype], ...]
 RngStates = dict[int, Tensor]  # by CUDA device; -1 is the CPU
@@ -104,6 +105,14 @@ def uncached_autocast() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(True)
+
+
+# ---- transforms ------------------------------------------------------------------------
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is going on."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # ---- versions -------------------------------------------------------------------------

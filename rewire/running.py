@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rewire import drift
 from rewire.arithmetic import Coupled
@@ -19,7 +18,7 @@ from rewire.grid import OnGrid, rounded, straight
 from rewire.links import Course, Link, choose_site, find
 from rewire.norms import Normed, Watching
 from rewire.observers import observing
-from rewire.replay import autocast_state, uncached_autocast, version
+from rewire.replay import autocast_state, transformed, uncached_autocast, version
 from rewire.steps import Branch, Layout, Output, Record, Step, Tail
 from rewire.tape import Tape, written_input
 
@@ -52,17 +51,12 @@ def open_chain(course: Course, x: Tensor) -> Link:
     stream, grid = x.to(course.stream_dtype(x.dtype)), None
     if course.precision == "fast":
         _warn_of_half(course, x)
-    elif not _transformed():  # nothing is inverted
+    elif not transformed():  # nothing is inverted
         grid = course.grid.open(stream)
         stream = straight(rounded(stream, grid), (1.0, stream))
     tape = Tape(course.drift, stream, stream) if recording(course) else None
     first = stream if course.coupling.merges_input else None
     return Link(course, -1, stream, stream, tape, 0, version(x), grid=grid, first=first)
-
-
-def _transformed() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is going on."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _warn_of_half(course: Course, x: Tensor) -> None:

@@ -8,6 +8,7 @@ compile-0.5, -0   the same with half, or none, of the activations that its parti
 offload           torch.autograd.graph.save_on_cpu
 memcnn, revlib, revtorch, reformer, momentumnet    reversible libraries, for stacks of blocks
 rewire            make_reversible
+rewire-2, -4, -8, -auto    the same with `chunks=`
 
 A library gets the stack's branches, F and G by turns, on two streams that both begin as the input
 and whose mean is the output: for all but momentumnet that is the function which rewire computes.
@@ -260,6 +261,14 @@ def momentumnet(subject: Subject) -> nn.Module:
     return chain
 
 
+# ---- rewire --------------------------------------------------------------------------------
+
+
+def rewired(subject: Subject, chunks: int | str | None = None) -> nn.Module:
+    """Two streams, branches run in parts where asked."""
+    return rewire.make_reversible(subject.model, subject.x, chunks=chunks)
+
+
 # ---- all of them -------------------------------------------------------------------------
 
 COMPILED: dict[str, Callable[[Subject], nn.Module]] = {
@@ -274,6 +283,9 @@ LIBRARIES: dict[str, Callable[[Subject], nn.Module]] = {
     "reformer": reformer,
     "momentumnet": momentumnet,
 }
+CHUNKED: dict[str, Callable[[Subject], nn.Module]] = {
+    f"rewire-{chunks}": partial(rewired, chunks=chunks) for chunks in (2, 4, 8, "auto")
+}
 WAYS: dict[str, Callable[[Subject], nn.Module]] = {
     "plain": lambda subject: subject.model,
     "checkpoint": checkpointed,
@@ -281,7 +293,8 @@ WAYS: dict[str, Callable[[Subject], nn.Module]] = {
     **COMPILED,
     "offload": lambda subject: Offloaded(subject.model),
     **LIBRARIES,
-    "rewire": lambda subject: rewire.make_reversible(subject.model, subject.x),
+    "rewire": rewired,
+    **CHUNKED,
 }
 REMARKS = {
     "offload": "activations on the host are not counted",

@@ -10,6 +10,7 @@ from torch import Tensor
 from rewire import fused, integers
 from rewire.corrections import Digits
 from rewire.coupling import WHOLE, Coupling, slack_of, width_of
+from rewire.cuts import Place, at_broadcast
 from rewire.grid import OnGrid, rounded, straight
 from rewire.integers import Coefficients, is_, same
 
@@ -73,6 +74,11 @@ class Coupled:
         if trunk is None:
             return straight(value, (b, older), (a, newest), (c, branch))
         return straight(value, (b, older), (a - c, newest), (c, branch), (c, trunk))
+
+    def at(self, place: Place, dims: int) -> Coupled:
+        """The same for one part of streams of `dims` dimensions."""
+        a, b, c = (at_broadcast(place, weight, dims) for weight in self.k)
+        return Coupled(self.coupling, Coefficients(a, b, c), self.grid)
 
     def keep(self, older: Tensor) -> None:
         """Keep what the inverse will need of x_{i-1}."""

@@ -181,6 +181,36 @@ def replayed_attributes(kept: Sequence[Kept]) -> Iterator[None]:
             _set(place, value)
 
 
+@contextmanager
+def restored_attributes(modules: Iterable[nn.Module]) -> Iterator[list[str]]:
+    """Put back what a run sets of the modules' attributes; gives their names, once it has ended."""
+    changed: list[str] = []
+    places = [(m, n) for m in modules for n in m.__dict__ if n not in INTERNAL]
+    before = [_setting(place, clone=False) for place in places]
+    names = [(m, set(m.__dict__)) for m in {id(m): m for m, _ in places}.values()]
+    try:
+        yield changed
+    finally:
+        for setting in before:
+            if _is_set(setting):
+                changed.append(setting.place[1])
+                _put_back(setting)
+        for module, known in names:
+            for name in set(module.__dict__) - known:
+                changed.append(name)
+                del module.__dict__[name]
+
+
+def _put_back(setting: Setting) -> None:
+    value, content = setting.value, setting.content
+    if type(value) is list:
+        value[:] = content
+    elif content is not None and type(value) in CONTAINERS:
+        value.clear()
+        value.update(content)
+    _set(setting.place, value)
+
+
 def _set(place: Place, value: Any) -> None:
     module, name = place
     if value is _ABSENT:

@@ -88,6 +88,11 @@ class Holdings:
         self.written = {}
         self.attributes.refresh(modules, [(m, name) for m, name in read if name in m.__dict__])
 
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The modules that the branch calls, and those below them."""
+        return self._modules
+
     def generators(self, sides: Sequence[Any]) -> list[tuple[torch.Generator, Tensor]]:
         """The modules' own generators, and those among the side inputs, with their states."""
         given = [side for side in sides if isinstance(side, torch.Generator)]

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewire.cuts import dense
 from rewire.errors import CannotTrace, RewireError, StreamMismatch
 from rewire.extraction import Program
 from rewire.isolation import plain
 from rewire.links import Course, attach, find
 from rewire.programs import HomeState, hidden_chains, original_class
-from rewire.running import advance, dense, follow, normalise, resume
+from rewire.running import advance, follow, normalise, resume
 from rewire.structure import flatten, unflatten
 from rewire.traces import Made
 

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rewire import drift
 from rewire.coupling import Coupling, Re2
+from rewire.cuts import Chunks, checked
 from rewire.errors import RewireError, StreamMismatch
 from rewire.grid import Grid, OnGrid
 from rewire.replay import version
@@ -54,6 +55,7 @@ class Course:
         precision: "exact", "float64" or "fast"; see `rewire.make_reversible`.
         check: What to do where the rebuilt streams are not right: "warn", "raise" or "off".
         stored: Run by ordinary autograd, with activations stored.
+        chunks: Into how many parts its branches are cut; see `rewire.make_reversible`.
         grid: Where its streams stand, from run to run.
     """
 
@@ -63,6 +65,7 @@ class Course:
     precision: str = "exact"
     check: InitVar[str] = "warn"
     stored: bool = False
+    chunks: Chunks = None
     run: _Run = field(default_factory=_Run, repr=False)
     drift: drift.Chain = field(init=False, repr=False)
     grid: Grid = field(default_factory=Grid, repr=False)
@@ -74,6 +77,7 @@ class Course:
         ):
             if given not in known:
                 raise ValueError(f"{what}={given!r}; choose one of {', '.join(map(repr, known))}.")
+        self.chunks = checked(self.chunks)
         self.drift = drift.Chain(self.name, check)
         self._refuse_gain()
         if self.precision == "fast":
@@ -141,7 +145,9 @@ class Link:
     Attributes:
         course: The chain.
         site: Number of the residual module that made the tensor; -1 before the first.
-        newest: The newest stream, with its graph; never the visible tensor itself.
+        newest: The newest stream, with its graph; never the visible tensor itself, which a link
+            would keep alive for ever.
+        shown: The visible tensor is the newest stream: the graph is its, and `newest` has none.
         older: The older stream, with its graph.
         tape: None where nothing is recorded.
         position: Number of steps on the tape when the tensor was made.
@@ -163,19 +169,21 @@ class Link:
     grid: OnGrid | None = None
     first: Tensor | None = None
     requires_grad: bool = False
+    shown: bool = False
 
     def streams(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Layout, Layout] | None]:
         """Both streams in the layout of `x`, the visible tensor or a view of all of it."""
         newest, older = self.newest, self.older
         before, inside = layout(newest), layout(x)
         if before == inside:
-            return newest, older, None
+            return x if self.shown else newest, older, None
         if x.numel() != newest.numel():
             raise StreamMismatch(
                 f"{self.course.name}: the tensor handed on is {list(x.shape)}, the stream "
                 f"{list(newest.shape)}. Hand on the whole stream, or rewire with `exclude=`."
             )
-        return relaid(newest, inside), relaid(older, inside), (before, inside)
+        newest = x if self.shown else relaid(newest, inside)
+        return newest, relaid(older, inside), (before, inside)
 
 
 def layout(stream: Tensor) -> Layout:

@@ -20,6 +20,7 @@ from rewire.traces import (
     is_activation,
     is_after_effect,
     is_whole_view,
+    needed_nodes,
     only_operand,
     readers,
     same_value,
@@ -245,9 +246,10 @@ class Piece:
         return [node for node in self.trace.graph.nodes if node in outside]
 
     def sideways(self) -> list[fx.Node]:
-        """Nodes of the branch that are read outside of it."""
+        """Nodes of the branch that are read outside of it, where that comes to something."""
         inside = self.region | set(self.adds)
-        leaving = {n for n in self.region if any(user not in inside for user in n.users)}
+        reading = needed_nodes(self.trace) - inside
+        leaving = {n for n in self.region if not reading.isdisjoint(n.users)}
         leaving |= {n for n in self.trace.outputs if isinstance(n, fx.Node)} & self.region
         leaving.discard(self.sum)
         return [node for node in self.trace.graph.nodes if node in leaving]

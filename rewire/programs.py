@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from rewire.cutting import Cutting
 from rewire.errors import CannotTrace
 from rewire.extraction import Program
 from rewire.holdings import Holdings
@@ -43,6 +44,7 @@ class HomeBranch:
         self.home = home
         self.code = code
         self.holdings = Holdings()
+        self.cutting = Cutting()
 
     @property
     def training(self) -> bool:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from rewire.arithmetic import Coupled
 from rewire.coupling import Coupling, coupling_from
+from rewire.cuts import Chunks, dense
+from rewire.cutting import Cutting
 from rewire.errors import RewireError, StreamMismatch
 from rewire.holdings import Holdings
 from rewire.links import Course
-from rewire.running import advance, dense, open_chain
+from rewire.running import advance, open_chain
 from rewire.steps import Branch, Output
 
 
@@ -31,6 +33,7 @@ class ModuleBranch:
     ) -> None:
         self.name = name
         self.holdings = Holdings()
+        self.cutting = Cutting()
         self._owner, self._key = owner, key
         self._function = None if isinstance(function, nn.Module) else function
 
@@ -69,6 +72,7 @@ class ReversibleSequential(nn.Module):
         coupling: A `rewire.Coupling` or its spelling; "re2" is Re2TAL's.
         precision: As for `rewire.make_reversible`.
         check: As for `rewire.make_reversible`.
+        chunks: As for `rewire.make_reversible`.
         name: The chain's name in messages.
 
     Shape: input [*S], output [*S]. The streams are float32 or float64; input and output are
@@ -93,6 +97,7 @@ class ReversibleSequential(nn.Module):
         coupling: str | Coupling = "re2",
         precision: str = "exact",
         check: str = "warn",
+        chunks: Chunks = None,
         name: str = "",
     ) -> None:
         super().__init__()
@@ -106,7 +111,7 @@ class ReversibleSequential(nn.Module):
             full = f"{name}.{index}".lstrip(".")
             self.branches.append(ModuleBranch(full, self, str(index), function))
         sites = tuple(branch.name for branch in self.branches)
-        self.course = Course(name, sites, coupling_from(coupling), precision, check)
+        self.course = Course(name, sites, coupling_from(coupling), precision, check, chunks=chunks)
 
     def forward(self, x: Tensor, *sides: Any) -> Tensor:
         """The mean of both streams after the last module.

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from rewire.coupling import Coupling, coupling_from
+from rewire.cuts import Chunks, checked
 from rewire.errors import NothingToRewire, RewireError
 from rewire.homes import is_home, rewired_class
 from rewire.links import Course
@@ -33,6 +34,7 @@ def make_reversible(
     coupling: str | Coupling | None = None,
     precision: str | None = None,
     check: str = "warn",
+    chunks: Chunks = None,
     granularity: str = "module",
     trunk: str = "identity",
     include: Sequence[str] | str = (),
@@ -59,6 +61,10 @@ def make_reversible(
             "fast": plain float32 streams, whose rounding adds up along a chain.
         check: What to do in a backward whose rebuilt streams are not right (a branch that does
             not repeat itself, something changed since forward): "warn", "raise" or "off".
+        chunks: Run each branch on parts of its input, one after the other, where its operations
+            keep them apart (samples, tokens, windows): "auto", as many as its activations are
+            worth; a number of parts; None (default), not at all. What is random is drawn anew
+            for each part.
         granularity: As for `rewire.plan`.
         trunk: As for `rewire.plan`.
         include: As for `rewire.plan`.
@@ -89,7 +95,7 @@ def make_reversible(
     _check(model, plan)
     copies = _copied(model)
     rev = copies[id(model)]
-    _install(rev, plan, coupling, check)
+    _install(rev, plan, coupling, check, checked(chunks))
     rev.__dict__["_rewire_plan"] = plan
     return rev
 
@@ -205,10 +211,12 @@ def _check(model: nn.Module, plan: Plan) -> None:
             )
 
 
-def _install(rev: nn.Module, plan: Plan, coupling: str | Coupling | None, check: str) -> None:
+def _install(
+    rev: nn.Module, plan: Plan, coupling: str | Coupling | None, check: str, chunks: Chunks
+) -> None:
     """Turn the homes of a copied model into rewired ones."""
     homes = modules_by_home(plan.chains)
-    courses = [_course(chain, coupling, check) for chain in plan.chains]
+    courses = [_course(chain, coupling, check, chunks) for chain in plan.chains]
     trunks = trunk_of(plan.chains)
     for name, residuals in homes.items():
         home = rev.get_submodule(name)
@@ -234,11 +242,13 @@ def _install(rev: nn.Module, plan: Plan, coupling: str | Coupling | None, check:
         _register(home, chains)
 
 
-def _course(chain: Chain, coupling: str | Coupling | None, check: str) -> Course:
+def _course(
+    chain: Chain, coupling: str | Coupling | None, check: str, chunks: Chunks
+) -> Course:
     """A chain at run time."""
     sites = tuple(residual.name for residual in chain)
     found = coupling_from(chain.coupling if coupling is None else coupling)
-    return Course(chain.name, sites, found, chain.precision, check)
+    return Course(chain.name, sites, found, chain.precision, check, chunks=chunks)
 
 
 def _unique(chain: Chain) -> list[Any]:

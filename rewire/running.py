@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rewire import drift
 from rewire.arithmetic import Coupled
+from rewire.cuts import UNCUT, Cuts, at
 from rewire.errors import RewireError, StreamMismatch
 from rewire.grid import OnGrid, rounded, straight
 from rewire.links import Course, Link, choose_site, find
@@ -111,7 +112,10 @@ def advance(
     following, grid, output = _couple(link, tape, x, (newest, older), relayout, branch, sides)
     course.ran(site, following if tape is None else tape)
     dtype = torch.promote_types(x.dtype, output.branch.dtype)
-    made = replace(link, site=site, newest=following, older=newest, tape=tape, grid=grid, tail=None)
+    # Made behind the branch: backward runs it first, and the branch's gradient is added to the
+    # trunk's where that is.
+    older = alias(newest) if newest is x else newest
+    made = replace(link, site=site, newest=following, older=older, tape=tape, grid=grid, tail=None)
     return *_shown(made, dtype, complete), output.sideways
 
 
@@ -147,8 +151,15 @@ def _shown(link: Link, dtype: torch.dtype, complete: bool) -> tuple[Tensor, Link
     if last and visible is newest:
         visible = newest.clone()  # the user's own; backward needs the stream
     position = 0 if link.tape is None else len(link.tape.steps)
-    stream = alias(newest) if visible is newest else newest
-    return visible, replace(link, newest=stream, position=position, version=version(visible))
+    shown = visible is newest
+    made = replace(
+        link,
+        newest=newest.detach() if shown else newest,
+        position=position,
+        version=version(visible),
+        shown=shown,
+    )
+    return visible, made
 
 
 def _couple(
@@ -171,6 +182,7 @@ def _couple(
         )
     undo = Coupled(course.coupling, k, grid)
     step = _step(branch, undo, x, link.tail, relayout)
+    step.cuts = _cuts(link, branch, x, sides, relayout)
     output = _ran(tape, step, x, sides)
     terms = output.branch, x if output.trunk is None and link.tail is not None else output.trunk
     _check_shape(branch.name, output.branch, newest)
@@ -183,9 +195,27 @@ def _couple(
         following = undo.attached(following, newest, older, *terms)
         grid = coarser or grid._replace(behind=False)
     if tape is not None:
-        undo.keep(older)
+        step.keep(undo, older)
         tape.commit(step, following, newest)
     return following, grid, output
+
+
+def _cuts(
+    link: Link,
+    branch: Branch,
+    x: Tensor,
+    sides: Sequence[Any],
+    relayout: tuple[Layout, Layout] | None,
+) -> Cuts:
+    """How the branch is run part by part."""
+    chunks = link.course.chunks
+    if chunks is None:
+        return UNCUT
+    branch.refresh()
+    tail = None if link.tail is None else link.tail.call
+    if tail is not None and relayout is not None:
+        return UNCUT  # an activation of channels would not know its dimension
+    return branch.cutting.cuts(chunks, branch, x, sides, tail)
 
 
 class NormBranch:
@@ -194,6 +224,7 @@ class NormBranch:
     def __init__(self, branch: Branch) -> None:
         self.name = f"{branch.name} (normalisation)"
         self.holdings = branch.holdings
+        self.cutting = branch.cutting
         self._branch = branch
 
     @property
@@ -248,8 +279,7 @@ def _step(
     relayout: tuple[Layout, Layout] | None,
 ) -> Step:
     autocast = autocast_state(x.device.type)
-    record = Record(branch.name)
-    return Step(branch, record, undo, x.dtype, x.requires_grad, tail, relayout, autocast)
+    return Step(branch, undo, x.dtype, x.requires_grad, tail, relayout, autocast)
 
 
 def _ran(tape: Tape | None, step: Step, x: Tensor, sides: Sequence[Any]) -> Output:
@@ -271,10 +301,13 @@ def _run(tape: Tape | None, step: Step, x: Tensor, sides: Sequence[Any]) -> Outp
         return tape.run(step, x, sides)
     before = version(x)
     with uncached_autocast():  # as on a tape: its cache adds up gradients of shared weights
-        output = step.branch(x, sides)
+        outputs = [
+            step.branch(at(place, x), step.cuts.sides_at(place, sides))
+            for place in step.cuts.places
+        ]
     if version(x) != before:
         raise written_input(step.branch.name)
-    return output
+    return step.output(outputs, x)
 
 
 def _check_shape(name: str, branch: Tensor, stream: Tensor) -> None:
@@ -295,7 +328,8 @@ def follow(link: Link, x: Tensor, call: Callable[[Tensor], Tensor]) -> tuple[Ten
         result = call(x)
     else:
         result = link.tape.follow(tail, x)
-    made = replace(link, version=version(result), tail=tail)
+    newest = alias(x) if link.shown else link.newest
+    made = replace(link, newest=newest, version=version(result), tail=tail, shown=False)
     return result, made
 
 
@@ -338,13 +372,3 @@ def _tape_for(link: Link, newest: Tensor, older: Tensor) -> Tape | None:
     tape = Tape(link.course.drift, newest, older)
     tape.begins_equal = False
     return tape
-
-
-def dense(x: Tensor) -> Tensor:
-    """`x` with every element its own and no gaps between them: streams are laid out so."""
-    expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return x.contiguous()
-        expected *= size
-    return x

@@ -12,13 +12,33 @@ from torch import Tensor
 
 from rewire.arithmetic import Coupled
 from rewire.attributes import Kept
+from rewire.cuts import UNCUT, ALL, Cuts, Place, at, joined
 from rewire.errors import NotRepeatable
 from rewire.holdings import Flags, Held, Holdings
 from rewire.norms import Normed
 from rewire.replay import AutocastState, RngStates, version
 from rewire.sides import Sides
 
+# A step, and its part; None: the activation behind the step before.
+Key = tuple[int, int | None]
+
 Hooks = torch.autograd.graph.saved_tensors_hooks
+
+
+class Cutting(Protocol):
+    """How a branch is cut, as the runtime sees it."""
+
+    fixed: str
+
+    def cuts(
+        self,
+        chunks: Any,
+        branch: Branch,
+        x: Tensor,
+        sides: Sequence[Any],
+        tail: Callable[[Tensor], Tensor] | None,
+    ) -> Cuts:
+        """The parts in which a branch is run on `x`, which `tail` has given."""
 
 
 class Output(NamedTuple):
@@ -34,6 +54,7 @@ class Branch(Protocol):
 
     name: str
     holdings: Holdings
+    cutting: Cutting
 
     @property
     def training(self) -> bool:
@@ -49,7 +70,7 @@ class Branch(Protocol):
 class Recalling(Protocol):
     """A tape, as handles see it."""
 
-    def recall(self, key: tuple[str, int], number: int) -> Tensor:
+    def recall(self, key: Key, number: int) -> Tensor:
         """The tensor that a handle stands for."""
 
 
@@ -64,11 +85,11 @@ class Record:
         self.caught: dict[int, tuple[Tensor, int]] = {}  # with their version counters
         self.handed: dict[int, weakref.ref[Tensor]] = {}
 
-    def dropping(self, tape: Recalling, key: tuple[str, int]) -> Hooks:
+    def dropping(self, tape: Recalling, key: Key) -> Hooks:
         """Hooks that drop what is saved and leave handles."""
         metas = self.metas
 
-        def pack(tensor: Tensor) -> tuple[Recalling, tuple[str, int], int]:
+        def pack(tensor: Tensor) -> tuple[Recalling, Key, int]:
             metas.append((tensor.shape, tensor.dtype))
             return tape, key, len(metas) - 1
 
@@ -121,7 +142,7 @@ class Record:
         )
 
 
-def _unpack(handle: tuple[Recalling, tuple[str, int], int]) -> Tensor:
+def _unpack(handle: tuple[Recalling, Key, int]) -> Tensor:
     tape, key, number = handle
     return tape.recall(key, number)
 
@@ -144,6 +165,25 @@ class Tail:
 Layout = tuple[torch.Size, tuple[int, ...]]
 
 
+@dataclass(slots=True, eq=False)
+class Part:
+    """What a branch ran on at once: a cut of the stream, or all of it.
+
+    Attributes:
+        place: Where in the stream; `ALL` where nothing is cut.
+        record: What autograd saved.
+        undo: The arithmetic of this part of the streams.
+        sides: The side inputs, those cut that go along with the stream.
+    """
+
+    place: Place
+    record: Record
+    undo: Coupled | Normed
+    sides: Sides
+    rng: RngStates | None = None
+    generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)
+
+
 @dataclass(slots=True)
 class Step:
     """One residual module, or normalisation on the trunk, as it ran.
@@ -152,23 +192,37 @@ class Step:
         undo: Its arithmetic.
         dtype: Of the branch's input (the streams are at least float32).
         relayout: Layouts of the streams before and in this step, where a view stands between.
+        cuts: How the branch is run part by part.
+        parts: Those that have run, in order.
     """
 
     branch: Branch
-    record: Record
     undo: Coupled | Normed
     dtype: torch.dtype
     requires_grad: bool
     tail: Tail | None
     relayout: tuple[Layout, Layout] | None
     autocast: AutocastState
-    sides: Sides = field(default_factory=lambda: Sides((), {}))
+    cuts: Cuts = UNCUT
+    parts: list[Part] = field(default_factory=list)
     held: list[Held] = field(default_factory=list)
-    rng: RngStates | None = None
-    generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)
     buffers: list[Any] = field(default_factory=list)
     attributes: list[Kept] = field(default_factory=list)
     flags: Flags = ()
+
+    def keep(self, undo: Coupled, older: Tensor) -> None:
+        """Keep what the inverse of each part will need of x_{i-1}."""
+        for part in self.parts:
+            part.undo = undo if part.place == ALL else undo.at(part.place, older.dim())
+            part.undo.keep(at(part.place, older))
+
+    def output(self, outputs: Sequence[Output], stream: Tensor) -> Output:
+        """What the branch gives, from what it gave for each part of `stream`."""
+        if self.cuts is UNCUT:
+            return outputs[0]
+        branch = joined(self.cuts, [output.branch for output in outputs], stream)
+        trunks = [output.trunk for output in outputs if output.trunk is not None]
+        return Output(branch, joined(self.cuts, trunks, stream) if trunks else None, ())
 
     def enter(self, stream: Tensor) -> Tensor:
         """A stream as this step sees it."""

@@ -1,7 +1,7 @@
 """The tape of one chain's run: the last two values of the streams and what ran.
 
 While a branch runs, saved-tensor hooks drop what autograd saves and leave a handle
-(tape, record, number). When backward asks for a handle's tensor, the tape walks the two
+(tape, part, number). When backward asks for a handle's tensor, the tape walks the two
 streams back to that branch, runs it once more, catches what it saves, and hands it out.
 The tape holds values only, never a graph, so nothing outlives backward.
 
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from rewire import drift
+from rewire.arithmetic import Coupled
 from rewire.attributes import changed_attribute, replayed_attributes
+from rewire.cuts import ALL, UNCUT, Place, add_up_in_place, at, view_at
 from rewire.errors import NotRepeatable, StreamMismatch
 from rewire.holdings import (
     changed_flag,
@@ -41,7 +43,7 @@ from rewire.replay import (
     version,
 )
 from rewire.sides import Sides
-from rewire.steps import Hooks, Output, Record, Step, Tail, never
+from rewire.steps import Hooks, Key, Output, Part, Record, Step, Tail, never
 
 
 class Kept(NamedTuple):
@@ -80,40 +82,56 @@ class Tape:
         self._caught: list[Record] = []
         self._made: list[tuple[str, Tensor, int]] = []  # the streams as forward left them
         self._rng: RngStates | None = None
-        self._output: Tensor | None = None  # of the last branch, while somebody watches repeats
+        self._undone: set[int] = set()  # parts of step `at` - 1 that are rebuilt already
+        self._outputs: list[Tensor] = []  # of the last branch, while somebody watches repeats
 
     # ---- forward -------------------------------------------------------------------------
 
     def run(self, step: Step, x: Tensor, sides: Sequence[Any]) -> Output:
-        """Run a branch for the first time, dropping what autograd saves."""
+        """Run a branch for the first time, part by part, dropping what autograd saves."""
         holdings = step.branch.holdings
-        step.sides = Sides(sides, holdings.written)
-        rng = self._current_rng(x.device)
         step.held = holdings.held()
         step.flags = holdings.flags()
-        step.generators = holdings.generators(sides)
         before = holdings.before(x.nbytes // _SMALL)
         modes = tuple(training for _, training in step.flags)
         settings = holdings.attributes.before(modes)
         before_run = version(x)
-        with uncached_autocast(), step.record.dropping(self, ("step", len(self.steps))):
-            output = step.branch(x, sides)
+        with uncached_autocast():
+            outputs = [self._first(step, place, x, sides) for place in step.cuts.places]
         step.buffers = holdings.after(before)
         step.attributes = holdings.attributes.after(modes, settings)
-        if _listeners:
-            self._output = output.branch.detach().clone()
-        if not same_rng_states(rng, self._current_rng(x.device)):
-            step.rng = rng
         if version(x) != before_run:
             raise written_input(step.branch.name)
-        step.sides.ran(step.branch.name, holdings.written)
+        if _listeners:
+            self._outputs = [output.branch.detach().clone() for output in outputs]
+        return step.output(outputs, x)
+
+    def _first(self, step: Step, place: Place, x: Tensor, sides: Sequence[Any]) -> Output:
+        """Run a branch for the first time on one part of its input."""
+        holdings, name = step.branch.holdings, step.branch.name
+        given = step.cuts.sides_at(place, sides)
+        part = Part(place, Record(name), step.undo, Sides(given, holdings.written))
+        step.parts.append(part)
+        rng = self._current_rng(x.device)
+        part.generators = holdings.generators(sides)
+        key = len(self.steps), len(step.parts) - 1
+        with part.record.dropping(self, key):
+            # The cut is made here: backward runs through the last cut first, and adds its
+            # gradient to what is there before it begins with the next.
+            stream = at(place, x)
+            output = step.branch(stream, given)
+        if place != ALL:
+            add_up_in_place(output.branch, (stream, *given))
+        if not same_rng_states(rng, self._current_rng(x.device)):
+            part.rng = rng
+        part.sides.ran(name, holdings.written)
         return output
 
     def follow(self, tail: Tail, x: Tensor) -> Tensor:
         """Run an activation on the trunk, dropping what autograd saves."""
         position = len(self.steps)
         rng = self._current_rng(x.device)
-        with uncached_autocast(), tail.record.dropping(self, ("tail", position)):
+        with uncached_autocast(), tail.record.dropping(self, (position, None)):
             result = tail.call(x)
         if not same_rng_states(rng, self._current_rng(x.device)):
             tail.rng = rng
@@ -135,18 +153,20 @@ class Tape:
             self._repeat(step)
         for keeper in _keepers:
             elements = 0 if isinstance(step.undo, Normed) else newest.numel()
-            keeper.append(Kept(step.branch.name, elements, step.undo.nbytes))
+            nbytes = sum(part.undo.nbytes for part in step.parts)
+            keeper.append(Kept(step.branch.name, elements, nbytes))
 
     def _repeat(self, step: Step) -> None:
         """Run a step's branch again at once, and tell whether it gave the same bits."""
-        made, first = self._made, self._output
+        made, outputs = self._made, self._outputs
         normed = step.undo if isinstance(step.undo, Normed) else None
         stream = self.older if normed is None else normed.inverse(self.newest)
-        again = self._run(step, stream, catch=False).branch
-        same = first is not None and torch.equal(first.nan_to_num(), again.nan_to_num())
-        for listener in _listeners:
-            listener.append((step.branch.name, same))
-        self._made, self._output = made, None
+        for part, first in zip(step.parts, outputs, strict=True):
+            again = self._run(step, part, stream, catch=False).branch
+            same = torch.equal(first.nan_to_num(), again.nan_to_num())
+            for listener in _listeners:
+                listener.append((step.branch.name, same))
+        self._made, self._outputs = made, []
 
     def _current_rng(self, device: torch.device) -> RngStates:
         """The generators' states, one object while nothing is drawn (5 KB each)."""
@@ -157,30 +177,35 @@ class Tape:
 
     # ---- backward ------------------------------------------------------------------------
 
-    def recall(self, key: tuple[str, int], number: int) -> Tensor:
+    def recall(self, key: Key, number: int) -> Tensor:
         """The tensor that a handle stands for."""
-        kind, index = key
-        record = self.steps[index].record if kind == "step" else self.tails[index].record
+        index, part = key
+        record = self.tails[index].record if part is None else self.steps[index].parts[part].record
         tensor = record.take(number)
         if tensor is None:
-            self._rerun_step(index) if kind == "step" else self._rerun_tail(index)
+            self._rerun_tail(index) if part is None else self._rerun_part(index, part)
             tensor = record.take(number)
         if tensor is None:
             raise NotRepeatable(f"{record.name}: saved tensor {number} did not come again.")
         return tensor
 
-    def _rerun_step(self, index: int) -> None:
-        if self.at > index:
-            self._move(index + 1)
-            self._back(catch=True)
-        else:
+    def _rerun_part(self, index: int, number: int) -> None:
+        step = self.steps[index]
+        part = step.parts[number]
+        if self.at <= index:
             self._move(index)
-            step = self.steps[index]
-            self._run(step, step.enter(self.newest), catch=True)
+            self._run(step, part, step.enter(self.newest), catch=True)
+            return
+        if self.at > index + 1:
+            self._move(index + 1)
+        if number in self._undone:
+            self._run(step, part, self.older, catch=True)
+        else:
+            self._undo(step, number, catch=True)
 
     def _rerun_tail(self, index: int) -> None:
-        if self.at == index + 1:
-            self._back(catch=True)  # the branch behind needs T too: one run catches both
+        if self.at == index + 1 and self.steps[index].cuts is UNCUT:
+            self._undo(self.steps[index], 0, catch=True)  # it needs T too: one run catches both
         if self.tails[index].record.caught:
             return
         self._move(index)
@@ -194,37 +219,64 @@ class Tape:
 
     def _move(self, state: int) -> None:
         """Walk to a state without catching anything."""
+        if self._undone:
+            self._back()
         while self.at > state:
-            self._back(catch=False)
+            self._back()
         while self.at < state:
             self._forth()
 
-    def _back(self, *, catch: bool) -> None:
-        """From state i + 1 to state i."""
+    def _back(self) -> None:
+        """From state i + 1, or from wherever between them the tape stands, to state i."""
         step = self.steps[self.at - 1]
-        if isinstance(step.undo, Normed):
-            newest, older = step.undo.inverse(self.newest), self.older
+        for number in reversed(range(len(step.parts))):
+            if number not in self._undone:
+                self._undo(step, number, catch=False)
+
+    def _undo(self, step: Step, number: int, *, catch: bool) -> None:
+        """Rebuild one part of the stream before a step; the last one leads to state i."""
+        part = step.parts[number]
+        if isinstance(part.undo, Normed):
+            newest, older = part.undo.inverse(self.newest), self.older
             if catch:
-                self._run(step, newest, catch=True)
+                self._run(step, part, newest, catch=True)
         else:
-            newer, newest = self.newest, self.older
-            output = self._run(step, newest, catch=catch)
-            if step.undo.kept is not None:  # no inverse tells whether the branch repeated itself
-                again = step.undo.forward(newest, step.undo.kept, output.branch, output.trunk)
-                drift.compare(self.chain, newer, again, self._coarsest(), exact=True)
-            older = step.undo.inverse(
-                newer,
-                newest,
-                output.branch,
-                output.trunk,
-                own_newer=_is_alone(newer),
-                own_branch=_is_alone(output.branch) and _is_plain(output.branch),
-            )
+            newest, older = self.older, self._uncoupled(step, part, part.undo, catch=catch)
+            self._undone.add(number)
+            if len(self._undone) < len(step.parts):
+                return
+            self._undone.clear()
         self.newest, self.older = step.leave(newest), step.leave(older)
         self.at -= 1
         if self.at == 0 and self.begins_equal:
             exact = step.undo.grid is not None
             drift.compare(self.chain, self.newest, self.older, self._coarsest(), exact=exact)
+
+    def _uncoupled(self, step: Step, part: Part, undo: Coupled, *, catch: bool) -> Tensor:
+        """x_{i-1}, or x_{i+1} in which one more part is that of x_{i-1}."""
+        output = self._run(step, part, self.older, catch=catch)
+        whole = part.place == ALL
+        own = whole and _is_alone(self.newest)
+        if not (whole or self._undone or _is_alone(self.newest)):
+            self.newest = self.newest.clone()
+        newer, newest = at(part.place, self.newest), at(part.place, self.older)
+        if undo.kept is not None:  # no inverse tells whether the branch repeated itself
+            again = undo.forward(newest, undo.kept, output.branch, output.trunk)
+            drift.compare(self.chain, newer, again, self._coarsest(), exact=True)
+        older = undo.inverse(
+            newer,
+            newest,
+            output.branch,
+            output.trunk,
+            own_newer=own or not whole,
+            own_branch=_is_alone(output.branch) and _is_plain(output.branch),
+        )
+        if whole:
+            return older
+        here = view_at(part.place, self.newest)
+        if older.data_ptr() != here.data_ptr():
+            here.copy_(older)
+        return self.newest
 
     def _coarsest(self) -> torch.dtype:
         """The dtype of lowest precision that a branch ran in."""
@@ -236,7 +288,8 @@ class Tape:
         """From state i to state i + 1, by recomputation."""
         step = self.steps[self.at]
         newest, older = step.enter(self.newest), step.enter(self.older)
-        output = self._run(step, newest, catch=False)
+        outputs = [self._run(step, part, newest, catch=False) for part in step.parts]
+        output = step.output(outputs, newest)
         if isinstance(step.undo, Normed):
             self.newest, self.older = step.undo.forward(output.branch, newest), older
         else:
@@ -244,32 +297,32 @@ class Tape:
             self.newest, self.older = following, newest
         self.at += 1
 
-    def _run(self, step: Step, newest: Tensor, *, catch: bool) -> Output:
-        """Run a branch again on x_i, in the surroundings of its first run.
+    def _run(self, step: Step, part: Part, newest: Tensor, *, catch: bool) -> Output:
+        """Run a branch again on its part of x_i, in the surroundings of its first run.
 
         Always with gradients enabled: some modules compute something else without.
         """
-        self._check(step)
+        self._check(step, part)
         self._forget()
-        sides = step.sides.again()
+        sides = part.sides.again()
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(replayed_autocast(step.autocast))
-            stack.enter_context(replayed_rng(step.rng))
-            stack.enter_context(replayed_generators(step.generators))
+            stack.enter_context(replayed_rng(part.rng))
+            stack.enter_context(replayed_generators(part.generators))
             stack.enter_context(replayed_tensors(step.held))
             stack.enter_context(replayed_buffers(step.buffers))
             stack.enter_context(replayed_attributes(step.attributes))
             stack.enter_context(replayed_flags(step.flags))
-            x, trunk = self._input(step, newest, catch=catch)
-            with self._catch(step.record) if catch else Hooks(_drop, never):
+            x, trunk = self._input(step, part, newest, catch=catch)
+            with self._catch(part.record) if catch else Hooks(_drop, never):
                 output = step.branch(x, sides)
             if catch:
-                step.record.complete()
+                part.record.complete()
         trunk = trunk if output.trunk is None else output.trunk
         return Output(output.branch.detach(), None if trunk is None else trunk.detach(), ())
 
-    def _check(self, step: Step) -> None:
+    def _check(self, step: Step, part: Part) -> None:
         """Raise where something that a rerun needs is no longer what it was."""
         made, self._made = self._made, []
         for name, stream, made_at in made:
@@ -278,7 +331,7 @@ class Tape:
                     f"{name} was changed in place after forward; backward needs it. Clone it "
                     "before changing it."
                 )
-        if step.sides.changed():
+        if part.sides.changed():
             raise NotRepeatable(
                 f"{step.branch.name}: one of its side inputs was changed in place after forward. "
                 "Clone the tensor before changing it."
@@ -302,15 +355,21 @@ class Tape:
                 "in forward; call train() and eval() after backward."
             )
 
-    def _input(self, step: Step, newest: Tensor, *, catch: bool) -> tuple[Tensor, Tensor | None]:
+    def _input(
+        self, step: Step, part: Part, newest: Tensor, *, catch: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """The branch's input from the stream x_i, and T(x_i) where an activation precedes."""
-        x = step.leave(newest).detach().requires_grad_(step.requires_grad).to(step.dtype)
         if step.tail is None:
-            return step.enter(x), None
-        catch = catch and step.tail in self.tails.values()
+            x = at(part.place, newest).detach().requires_grad_(step.requires_grad)
+            return x.to(step.dtype), None
+        whole = part.place == ALL
+        x = step.leave(newest) if whole else at(part.place, newest)
+        x = x.detach().requires_grad_(step.requires_grad).to(step.dtype)
+        catch = catch and whole and step.tail in self.tails.values()
         hooks = self._catch(step.tail.record) if catch else Hooks(_drop, never)
         with replayed_rng(step.tail.rng), hooks:
-            x = step.enter(step.tail.call(x))
+            x = step.tail.call(x)
+        x = step.enter(x) if whole else x
         return x, x
 
     def _catch(self, record: Record) -> Hooks:

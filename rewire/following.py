@@ -420,6 +420,10 @@ def _numbers(given: dict[str, Any]) -> list[Any]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, (int, float, complex))]
 
 
+# Which of them run depends on how tensors lie in memory, which may differ on a part.
+_LAYOUT = frozenset("view _unsafe_view clone reshape _reshape_alias contiguous".split())
+
+
 class Shapes(TorchDispatchMode):  # type: ignore[misc]
     """The names of the operations that run inside, with the shapes that they give."""
 
@@ -430,10 +434,10 @@ class Shapes(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and note it."""
         result = func(*args, **(kwargs or {}))
-        if func in _METADATA:
+        if func in _METADATA or _name(func) in _LAYOUT:
             return result
         shapes = [r.shape for r in tree_leaves(result) if isinstance(r, Tensor)]
-        self.seen.append(Seen(func.__name__, shapes, _numbers(_bound(func, args, kwargs or {}))))
+        self.seen.append(Seen(_name(func), shapes, _numbers(_bound(func, args, kwargs or {}))))
         return result
 
 
@@ -491,9 +495,9 @@ class Following(TorchDispatchMode):  # type: ignore[misc]
         result = func(*args, **kwargs)
         made = [r for r in tree_leaves(result) if isinstance(r, Tensor)]
         self._own |= {t.untyped_storage()._cdata for t in made} - storages
-        call = Call(func.__name__, given, self.label, result, self.length)
+        call = Call(_name(func), given, self.label, result, self.length)
         shapes = self._other_shapes(call, made)
-        uniform = call.name.split(".")[0] in _UNIFORM
+        uniform = call.name in _UNIFORM
         if any(map(self.label, tensors)) and not (uniform and "expand" not in call.name):
             labels = _labels_of(_rule(func)(call), result)
         else:
@@ -507,7 +511,7 @@ class Following(TorchDispatchMode):  # type: ignore[misc]
 
     def _other_shapes(self, call: Call, made: Sequence[Tensor]) -> list[torch.Size]:
         """The shapes in the run on a part, which is the same but for sizes."""
-        if self._seen is None:
+        if self._seen is None or call.name in _LAYOUT:
             return [tensor.shape for tensor in made]
         other = next(self._seen, Seen("nothing", [], []))
         if other.name != call.name or len(other.shapes) != len(made):
@@ -520,7 +524,7 @@ class Following(TorchDispatchMode):  # type: ignore[misc]
         self, call: Call, tensor: Tensor, label: Label | None, shape: torch.Size
     ) -> None:
         """The shapes of both runs say the same as the rules."""
-        if self._seen is None:
+        if self._seen is None or call.name in _LAYOUT:
             return
         expected = list(tensor.shape)
         if label is not None:
@@ -554,19 +558,22 @@ def _uniform(call: Call, made: Tensor, shape: torch.Size, run: Following) -> Lab
     other = [dim for dim, (a, b) in enumerate(zip(made.shape, shape, strict=True)) if a != b]
     if not other:
         return None
-    if len(other) > 1 or call.name.split(".")[0] not in _UNIFORM:
+    if len(other) > 1 or call.name not in _UNIFORM:
         raise call.mixed("counts")
     return Label(other[0], 1, made.shape[other[0]] // run.length)
 
 
 def _rule(func: Any) -> Rule:
-    name = func._schema.name.split("::")[1]
-    rule = _RULES.get(name)
+    rule = _RULES.get(_name(func))
     if rule is not None:
         return rule
     if torch.Tag.pointwise in func.tags:
         return pointwise
     return _unknown
+
+
+def _name(func: Any) -> str:
+    return str(func._schema.name).partition("::")[2]
 
 
 def _unknown(call: Call) -> Labels:

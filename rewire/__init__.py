@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from rewire.integers import Coefficients
     from rewire.planning import plan
-    from rewire.plans import Chain, Plan, Residual, Skipped
+    from rewire.plans import Chain, Checkpointed, Plan, Residual, Skipped
     from rewire.profiling import Profile, profile
     from rewire.recalibration import recalibrate
     from rewire.reversible import ReversibleSequential, store_activations
@@ -46,7 +46,7 @@ _HOMES = {
     ),
     "integers": ("Coefficients",),
     "planning": ("plan",),
-    "plans": ("Chain", "Plan", "Residual", "Skipped"),
+    "plans": ("Chain", "Checkpointed", "Plan", "Residual", "Skipped"),
     "profiling": ("Profile", "profile"),
     "recalibration": ("recalibrate",),
     "reversible": ("ReversibleSequential", "store_activations"),
@@ -63,6 +63,7 @@ __all__ = [
     "CannotTrace",
     "Chain",
     "Check",
+    "Checkpointed",
     "Coefficients",
     "Consistent",
     "Coupling",

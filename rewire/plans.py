@@ -119,6 +119,26 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Checkpointed:
+    """A stretch of modules outside the chains whose activations are not stored.
+
+    Backward runs it again, from what it began with.
+
+    Attributes:
+        modules: Qualified names, in the order in which they run; each is handed the result of the
+            one before.
+        saved_bytes: What autograd would keep in it for backward, in the example.
+        kept_bytes: What stays of that: what it begins with, and what others keep anyway.
+        reason: Why it pays, in words.
+    """
+
+    modules: tuple[str, ...]
+    saved_bytes: int = 0
+    kept_bytes: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `make_reversible` will do.
 
@@ -128,6 +148,7 @@ class Plan:
         skipped: Every residual-looking add left alone, with its reason.
         inputs: The example the plan was made with, in words, and where it came from.
         parameters: Number of parameters of the model.
+        outside: What is checkpointed outside of the chains.
     """
 
     model: str
@@ -135,6 +156,7 @@ class Plan:
     skipped: list[Skipped]
     inputs: str = ""
     parameters: int = 0
+    outside: tuple[Checkpointed, ...] = ()
 
     @property
     def modules(self) -> list[Residual]:
@@ -157,7 +179,8 @@ class Plan:
             modules = tuple(Residual(**_frozen(module)) for module in chain["modules"])
             chains.append(Chain(**{**_frozen(chain), "modules": modules}))
         skipped = [Skipped(**_frozen(row)) for row in data["skipped"]]
-        return cls(**{**data, "chains": chains, "skipped": skipped})
+        outside = tuple(Checkpointed(**_frozen(row)) for row in data.get("outside", ()))
+        return cls(**{**data, "chains": chains, "skipped": skipped, "outside": outside})
 
     def __str__(self) -> str:
         chains = "1 chain" if len(self.chains) == 1 else f"{len(self.chains)} chains"
@@ -165,6 +188,7 @@ class Plan:
         for chain in self.chains:
             how = f"{len(chain)} modules, {chain.coupling}, {chain.precision}"
             lines.append(f"  {chain.name or '(model)'}: {how}")
+        lines += [f"  checkpointed: {', '.join(row.modules)}" for row in self.outside]
         lines += [f"  left alone: {row.where or '(model)'} ({row.reason})" for row in self.skipped]
         return "\n".join(lines)
 

@@ -21,6 +21,7 @@ from rewire.holdings import Holdings
 from rewire.links import Course
 from rewire.running import advance, dense, open_chain
 from rewire.steps import Branch, Output
+from rewire.stretches import place_of
 
 
 class ModuleBranch:
@@ -185,19 +186,21 @@ class ReversibleSequential(nn.Module):
 
 @contextmanager
 def store_activations(model: nn.Module) -> Iterator[None]:
-    """Run the reversible chains of `model` by ordinary autograd, activations stored.
+    """Run `model` by ordinary autograd: activations of its chains, and outside of them, stored.
 
     The same function, and the same arithmetic in the same order: the plain twin for
     tests and debugging.
     """
-    before = {id(course): (course, course.stored) for course in courses(model)}.values()
+    places = filter(None, map(place_of, model.modules()))
+    found = [*courses(model), *(place.stretch for place in places)]
+    before = {id(one): (one, one.stored) for one in found}.values()
     try:
-        for course, _ in before:
-            course.stored = True
+        for one, _ in before:
+            one.stored = True
         yield
     finally:
-        for course, stored in before:
-            course.stored = stored
+        for one, stored in before:
+            one.stored = stored
 
 
 @contextmanager

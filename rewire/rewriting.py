@@ -18,8 +18,10 @@ from rewire.homes import is_home, rewired_class
 from rewire.links import Course
 from rewire.planning import coupled, inner_homes, modules_by_home, trunk_of
 from rewire.planning import plan as make_plan
-from rewire.plans import Chain, Plan, Residual
+from rewire.plans import Chain, Checkpointed, Plan, Residual
 from rewire.programs import HomeChain, HomeState, original_class
+from rewire.regions import install
+from rewire.stretches import Stretch, place_of, unfit
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -35,6 +37,7 @@ def make_reversible(
     check: str = "warn",
     granularity: str = "module",
     trunk: str = "identity",
+    outside: str = "store",
     include: Sequence[str] | str = (),
     exclude: Sequence[str] | str = (),
 ) -> nn.Module:
@@ -61,13 +64,14 @@ def make_reversible(
             not repeat itself, something changed since forward): "warn", "raise" or "off".
         granularity: As for `rewire.plan`.
         trunk: As for `rewire.plan`.
+        outside: As for `rewire.plan`.
         include: As for `rewire.plan`.
         exclude: As for `rewire.plan`.
 
     Returns:
         A new module of the same class, with new module objects and the very same parameter and
         buffer objects: `state_dict` has the same keys in the same order, and training one
-        trains the other. Only modules that own a residual add run other code.
+        trains the other. Only modules that own a residual add, or are checkpointed, run other code.
 
     Raises:
         NothingToRewire: No chain was found; the message names the nearest miss.
@@ -81,7 +85,7 @@ def make_reversible(
     """
     _refuse_unfit(model)
     if plan is None:
-        chosen = {"granularity": granularity, "trunk": trunk}
+        chosen = {"granularity": granularity, "trunk": trunk, "outside": outside}
         plan = make_plan(model, example_inputs, include=include, exclude=exclude, **chosen)
     plan = coupled(plan, coupling, precision)
     if not plan.chains:
@@ -90,6 +94,8 @@ def make_reversible(
     copies = _copied(model)
     rev = copies[id(model)]
     _install(rev, plan, coupling, check)
+    for row in plan.outside:
+        install(rev, Stretch(row))
     rev.__dict__["_rewire_plan"] = plan
     return rev
 
@@ -112,7 +118,8 @@ def _refuse_unfit(model: nn.Module) -> None:
 
 def is_rewired(model: nn.Module) -> bool:
     """Whether a module came from `make_reversible`, or is a part or a wrapper of one that did."""
-    return "_rewire_plan" in model.__dict__ or any(map(is_home, model.modules()))
+    inside = (is_home(module) or place_of(module) for module in model.modules())
+    return "_rewire_plan" in model.__dict__ or any(inside)
 
 
 def plan_of(rev: nn.Module) -> Plan:
@@ -159,7 +166,20 @@ def _plan_inside(rev: nn.Module) -> Plan:
         )
         chains.append(chain)
     parameters = sum(parameter.numel() for parameter in rev.parameters())
-    return Plan(type(rev).__qualname__, chains, [], "", parameters)
+    return Plan(type(rev).__qualname__, chains, [], "", parameters, _stretches_inside(rev))
+
+
+def _stretches_inside(rev: nn.Module) -> tuple[Checkpointed, ...]:
+    """What is checkpointed in a module, by the names that it has there."""
+    members: dict[Stretch, dict[int, str]] = {}
+    for name, module in rev.named_modules():
+        if place := place_of(module):
+            members.setdefault(place.stretch, {})[place.number] = name
+    found = []
+    for stretch, names in members.items():
+        modules = tuple(names[number] for number in sorted(names))
+        found.append(replace(stretch.row, modules=modules))
+    return tuple(found)
 
 
 def _moved(name: str, home: str, now: str) -> str:
@@ -177,7 +197,8 @@ def restored(rev: nn.Module) -> nn.Module:
     plan_of(rev)
     copies = _copied(rev)
     for copy in copies.values():
-        if copy.__dict__.pop("_rewire", None) is None:
+        checkpointed = copy.__dict__.pop("_stretch", None) is not None
+        if copy.__dict__.pop("_rewire", None) is None and not checkpointed:
             continue
         copy.__dict__.pop("_chains", None)
         for name, child in list(copy._modules.items()):
@@ -202,6 +223,13 @@ def _check(model: nn.Module, plan: Plan) -> None:
             raise RewireError(
                 f"the plan was made for {plan.model} and names a module {missing[0]!r} that "
                 f"{type(model).__qualname__} does not have. Make a plan of this model."
+            )
+    for name in (name for row in plan.outside for name in row.modules):
+        why = unfit(model.get_submodule(name)) if name in names else "the model does not have it"
+        if why:
+            raise RewireError(
+                f"the plan was made for {plan.model} and checkpoints {name!r}, which cannot be: "
+                f"{why}. Make a plan of this model."
             )
 
 

@@ -75,6 +75,13 @@ Trunk = Annotated[
         help="Activations between adds: keep the exact function, or move them into the branches.",
     ),
 ]
+Outside = Annotated[
+    str,
+    typer.Option(
+        metavar="store|checkpoint",
+        help="Activations outside of the chains: kept, or computed again where that pays.",
+    ),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(metavar="GLOB", help="Rewire only modules of these names (repeatable)."),
@@ -114,6 +121,7 @@ def inspect(
     precision: Precision = "exact",
     granularity: Granularity = "module",
     trunk: Trunk = "identity",
+    outside: Outside = "store",
     include: Include = None,
     exclude: Exclude = None,
     pretrained: Pretrained = False,
@@ -130,6 +138,7 @@ def inspect(
       rewire inspect mypackage.models:build --exclude 'head.*'
     """
     how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
+    how["outside"] = outside
     shape = _checked(input_shape, how)
     options = (arch, trust, pretrained, include, exclude)
     with _one_line_errors(debug):
@@ -163,6 +172,7 @@ def convert(
     precision: Precision = "exact",
     granularity: Granularity = "module",
     trunk: Trunk = "identity",
+    outside: Outside = "store",
     include: Include = None,
     exclude: Exclude = None,
     pretrained: Pretrained = False,
@@ -185,6 +195,7 @@ def convert(
       rewire convert timm/vit_large_patch16_224 --pretrained -o rev_vit.pt
     """
     how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
+    how["outside"] = outside
     shape = _checked(input_shape, how)
     options = (arch, trust, pretrained, include, exclude)
     _check_target(out, model, "OUT")
@@ -299,6 +310,7 @@ _CHOICES = {
     "precision": ("exact", "float64", "fast"),
     "granularity": ("module", "block"),
     "trunk": ("identity", "inside"),
+    "outside": ("store", "checkpoint"),
 }
 
 

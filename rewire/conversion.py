@@ -24,6 +24,7 @@ class Request:
     precision: str = "exact"
     granularity: str = "module"
     trunk: str = "identity"
+    outside: str = "store"
     include: Sequence[str] = field(default=())
     exclude: Sequence[str] = field(default=())
 
@@ -61,6 +62,7 @@ def planned(source: Source, request: Request) -> Plan:
             precision=request.precision,
             granularity=request.granularity,
             trunk=request.trunk,
+            outside=request.outside,
             include=request.include,
             exclude=request.exclude,
         )

@@ -107,4 +107,4 @@ def _row(timeline: Timeline, chosen: set[Names], parts: Sequence[Part]) -> Check
     freed = sum(map(timeline.freed, parts))
     peak = timeline.peak(chosen)
     more = timeline.peak(chosen - {names}) / peak - 1
-    return Checkpointed(names, saved, saved - freed, f"the peak would be {more:.0%} higher")
+    return Checkpointed(names, saved, saved - freed, f"without it the peak is {more:.0%} higher")

@@ -21,7 +21,7 @@ from rewire.holdings import Holdings
 from rewire.links import Course
 from rewire.running import advance, dense, open_chain
 from rewire.steps import Branch, Output
-from rewire.stretches import place_of
+from rewire.stretches import Stretch, place_of
 
 
 class ModuleBranch:
@@ -192,7 +192,7 @@ def store_activations(model: nn.Module) -> Iterator[None]:
     tests and debugging.
     """
     places = filter(None, map(place_of, model.modules()))
-    found = [*courses(model), *(place.stretch for place in places)]
+    found: list[Course | Stretch] = [*courses(model), *(place.stretch for place in places)]
     before = {id(one): (one, one.stored) for one in found}.values()
     try:
         for one, _ in before:

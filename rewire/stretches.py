@@ -11,7 +11,7 @@ the user's code may do between them what it likes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +92,7 @@ class _Link:
     version: int
 
 
-_links = WeakTensorKeyDictionary()
+_links: MutableMapping[Tensor, _Link] = WeakTensorKeyDictionary()
 
 
 class _Complete(BaseException):

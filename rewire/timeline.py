@@ -7,6 +7,7 @@ before it keep is there, and all that the part itself needs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ class Part:
         saved: Storages that autograd keeps of it.
         begins: Storages that it begins with, which are kept if it is checkpointed.
         extra: Bytes that it keeps besides (a chain's streams).
-        need: Bytes that its backward needs besides (a branch's activations).
+        need: Bytes that its backward needs besides (a branch's activations, and their gradients).
     """
 
     visits: tuple[Visit, ...] = ()
@@ -120,7 +121,10 @@ class Timeline:
         return sum(self.sizes.get(storage, 0) for storage in storages)
 
     def _gradients(self, part: Part) -> int:
-        """Those of a part's activations: of the input and of the result of one operation."""
+        """Those of the input and of the result of one operation.
+
+        Of weights none: they do not grow with the batch, and the example may be a small one.
+        """
         return 2 * max((self.sizes.get(storage, 0) for storage in part.saved), default=0)
 
     # ---- taking apart ----------------------------------------------------------------
@@ -173,7 +177,7 @@ class Timeline:
     def _stretch(self, *visits: Visit) -> Part:
         saved: set[int] = set().union(*map(_saved, visits))
         begins = {given.storage for given in visits[0].given}
-        for before, visit in zip(visits, visits[1:], strict=False):
+        for before, visit in itertools.pairwise(visits):
             linked = before.result and before.result[0]
             begins |= {given.storage for given in visit.given if given.tensor != linked}
         return Part(visits, saved, begins)
@@ -190,9 +194,9 @@ class Timeline:
                 branch |= _saved(event)
             else:
                 yield from self._single(event)
-        stream = self._streams.pop(home.name, 0)
         need = math.ceil(self._bytes(branch) / self._residuals[home.name])
-        yield Part(extra=2 * stream, need=need)
+        need += max((self.sizes.get(storage, 0) for storage in branch), default=0)
+        yield Part(extra=2 * self._streams.pop(home.name, 0), need=need)
 
 
 def _around(visits: Sequence[Visit], one: Visit) -> tuple[Sequence[Visit], Visit, Sequence[Visit]]:

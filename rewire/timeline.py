@@ -105,7 +105,7 @@ class Timeline:
         """Ways to put several parts in the place of a stretch."""
         single = [self._stretch(visit) for visit in part.visits]
         if len(single) == 1:
-            yield list(self._parts_inside(part.visits[0]))
+            yield from self._opened_call(part.visits[0])
             return
         for cut in range(1, len(part.visits)):
             if _may_begin(part.visits[cut]):
@@ -116,6 +116,14 @@ class Timeline:
             inner = self._parts_inside(large.visits[0])
             sides = [[self._stretch(*some)] if some else [] for some in (before, after)]
             yield [*sides[0], *inner, *sides[1]]
+
+    def _opened_call(self, visit: Visit) -> Iterator[list[Part]]:
+        """The parts of a call's own code; then with the largest of them taken apart as well."""
+        inner = list(self._parts_inside(visit))
+        yield inner
+        largest = max(inner, key=lambda part: self._bytes(part.saved), default=Part())
+        for ways in self.opened(largest) if largest.visits else ():
+            yield [one for part in inner for one in (ways if part is largest else [part])]
 
     def _bytes(self, storages: Collection[int]) -> int:
         return sum(self.sizes.get(storage, 0) for storage in storages)

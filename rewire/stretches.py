@@ -11,6 +11,7 @@ the user's code may do between them what it likes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -198,6 +199,8 @@ class Ran:
             result: Of the module before.
             last: Its own result is not needed.
         """
+        if not last:
+            _gather(self._module)
         self._check()
         leaves = self._sides.again()
         if self._before:
@@ -236,6 +239,13 @@ class Ran:
             raise NotRepeatable(
                 f'{self._name}: its activations are not stored (outside="checkpoint"), and {what}.'
             )
+
+
+def _gather(module: nn.Module) -> None:
+    """Have FSDP2 gather the parameters of a module: backward has not come to it yet."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+        module.unshard()
 
 
 def place_of(module: nn.Module) -> Place | None:

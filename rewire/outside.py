@@ -54,15 +54,11 @@ def checkpointed(
 
     surveyed = survey(model, example)
     timeline = Timeline(surveyed, chains, lambda name: refuse(name, modules[name]), is_free)
-    stored = timeline.peak(())
     for _ in range(_MOST_CUTS):
         if not _cut(timeline):
             break
     chosen = _paying(timeline)
-    lowest = timeline.peak(chosen)
-    if stored - lowest < LEAST * stored:
-        return ()
-    _spare(timeline, chosen, lowest + SPARED * (stored - lowest))
+    _spare(timeline, chosen, {weights: _limit(timeline, weights) for weights in (False, True)})
     return tuple(_row(timeline, chosen, parts) for parts in _in_order(timeline, chosen))
 
 
@@ -90,14 +86,30 @@ def _cut(timeline: Timeline) -> bool:
     return best[0] < height
 
 
-def _spare(timeline: Timeline, chosen: set[Names], limit: float) -> None:
-    """Leave out what the peak does not need to be within a limit, the dearest first."""
+def _limit(timeline: Timeline, weights: bool) -> float:
+    """How high the peak may be."""
+    stored = timeline.peak((), weights=weights)
+    lowest = timeline.peak(_paying(timeline), weights=weights)
+    pays = stored - lowest >= LEAST * stored
+    return lowest + SPARED * (stored - lowest) if pays else stored
+
+
+def _spare(timeline: Timeline, chosen: set[Names], limits: dict[bool, float]) -> None:
+    """Leave out what the peak does not need to be within its limits, the dearest first.
+
+    Args:
+        timeline: What the step holds.
+        chosen: Names of stretches; is changed.
+        limits: With the gradient of a weight counted or not: that does not grow with the batch,
+            and the example may be larger or smaller than what will be trained on.
+    """
     costs = {}
     for names, parts in stretches(timeline.parts).items():
         freed = sum(map(timeline.freed, parts))
         costs[names] = sum(part.operations for part in parts) / max(1, freed)
     for names in sorted(chosen, key=lambda names: -costs[names]):
-        if timeline.peak(chosen - {names}) <= limit:
+        fewer = chosen - {names}
+        if all(timeline.peak(fewer, weights=w) <= limit for w, limit in limits.items()):
             chosen.remove(names)
 
 
@@ -105,6 +117,8 @@ def _row(timeline: Timeline, chosen: set[Names], parts: Sequence[Part]) -> Check
     names = parts[0].names
     saved = sum(map(timeline.saved_bytes, parts))
     freed = sum(map(timeline.freed, parts))
-    peak = timeline.peak(chosen)
-    more = timeline.peak(chosen - {names}) / peak - 1
+    more = max(
+        timeline.peak(chosen - {names}, weights=w) / timeline.peak(chosen, weights=w) - 1
+        for w in (False, True)
+    )
     return Checkpointed(names, saved, saved - freed, f"without it the peak is {more:.0%} higher")

@@ -85,10 +85,12 @@ class Survey:
     Attributes:
         root: The model's own call.
         sizes: Bytes of each storage; 0 of those that are there anyway (parameters, inputs).
+        weights: Bytes of the parameters' storages.
     """
 
     root: Visit
     sizes: dict[int, int]
+    weights: dict[int, int]
 
 
 def survey(model: nn.Module, example: Example) -> Survey:
@@ -149,8 +151,8 @@ class _Surveyor:
         self._alive: list[Any] = []  # so that no id is used twice
         self._sizes: dict[int, int] = {}
         self._given: list[tuple[Given, Tensor]] = []
-        there = [*model.parameters(), *model.buffers(), *tensors_of(arguments)]
-        for tensor in there:
+        self._weights = [tensor for tensor in model.parameters() if tensor.requires_grad]
+        for tensor in (*model.parameters(), *model.buffers(), *tensors_of(arguments)):
             self._sizes[self._storage(tensor)] = 0
 
     def run(self) -> Survey:
@@ -163,7 +165,8 @@ class _Surveyor:
         for given, tensor in self._given:
             given.late = version(tensor)
         root = next(self._scope[0].visits)
-        return Survey(root, self._sizes)
+        weights = {self._storage(tensor): tensor.nbytes for tensor in self._weights}
+        return Survey(root, self._sizes, weights)
 
     def _call(
         self,

@@ -27,6 +27,7 @@ class Part:
         begins: Storages that it begins with, which are kept if it is checkpointed.
         extra: Bytes that it keeps besides (a chain's streams).
         need: Bytes that its backward needs besides (a branch's activations, and their gradients).
+        branch: Of a home, storages that autograd keeps of its branches.
     """
 
     visits: tuple[Visit, ...] = ()
@@ -34,6 +35,7 @@ class Part:
     begins: set[int] = field(default_factory=set)
     extra: int = 0
     need: int = 0
+    branch: frozenset[int] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,29 +65,35 @@ class Timeline:
         refuse: Callable[[str], bool],
         is_free: Callable[[str], bool],
     ) -> None:
-        self.sizes = surveyed.sizes
+        self.sizes, self._weights = surveyed.sizes, surveyed.weights
         self._places = _Places(surveyed.root, chains, refuse, is_free)
         self._streams = {chain.homes[0]: _stream_bytes(chain) for chain in chains}
         adds = {(residual.home, residual.add) for chain in chains for residual in chain}
         self._residuals = Counter(home for home, _ in adds)
         self.parts = list(self._parts_of(surveyed.root))
 
-    def peak(self, checkpointed: Collection[tuple[str, ...]]) -> int:
+    def peak(self, checkpointed: Collection[tuple[str, ...]], *, weights: bool = False) -> int:
         """Most bytes that are there at once in backward.
 
         Args:
             checkpointed: Names of the stretches whose activations are not stored.
+            weights: Count the gradient of a weight before it is added to what is there. It does
+                not grow with the batch.
         """
-        return self.highest(checkpointed)[0]
+        return self.highest(checkpointed, weights=weights)[0]
 
-    def highest(self, checkpointed: Collection[tuple[str, ...]]) -> tuple[int, Part]:
+    def highest(
+        self, checkpointed: Collection[tuple[str, ...]], *, weights: bool = False
+    ) -> tuple[int, Part]:
         """The same, with the part in whose backward it is."""
         kept: set[int] = set()
         below, found = 0, (0, self.parts[0])
         for part in self.parts:
             own = part.saved | part.begins
             there = below + self._bytes(own - kept) + part.need
-            found = max(found, (there + self._gradients(part), part), key=lambda row: row[0])
+            found = max(
+                found, (there + self._gradients(part, weights), part), key=lambda row: row[0]
+            )
             stay = part.begins if part.names in checkpointed else part.saved
             below += self._bytes(stay - kept) + part.extra
             kept |= stay
@@ -128,12 +136,14 @@ class Timeline:
     def _bytes(self, storages: Collection[int]) -> int:
         return sum(self.sizes.get(storage, 0) for storage in storages)
 
-    def _gradients(self, part: Part) -> int:
-        """Those of the input and of the result of one operation.
-
-        Of weights none: they do not grow with the batch, and the example may be a small one.
-        """
-        return 2 * max((self.sizes.get(storage, 0) for storage in part.saved), default=0)
+    def _gradients(self, part: Part, weights: bool) -> int:
+        """Those of the input and of the result of one operation, and perhaps of its weight."""
+        of_weight = 0
+        if weights:
+            used = part.saved | part.branch
+            of_weight = max((self._weights.get(storage, 0) for storage in used), default=0)
+        largest = max((self.sizes.get(storage, 0) for storage in part.saved), default=0)
+        return 2 * largest + of_weight
 
     # ---- taking apart ----------------------------------------------------------------
 
@@ -204,7 +214,8 @@ class Timeline:
                 yield from self._single(event)
         need = math.ceil(self._bytes(branch) / self._residuals[home.name])
         need += max((self.sizes.get(storage, 0) for storage in branch), default=0)
-        yield Part(extra=2 * self._streams.pop(home.name, 0), need=need)
+        extra = 2 * self._streams.pop(home.name, 0)
+        yield Part(extra=extra, need=need, branch=frozenset(branch))
 
 
 def _around(visits: Sequence[Visit], one: Visit) -> tuple[Sequence[Visit], Visit, Sequence[Visit]]:

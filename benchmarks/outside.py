@@ -87,6 +87,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "swin3d_t": (torchvision.models.video.swin3d_t, (1, 3, 16, 112, 112)),
     "mvit_v2_s": (torchvision.models.video.mvit_v2_s, (1, 3, 16, 224, 224)),
     "fcn_resnet50": (_segmentation("fcn_resnet50"), (4, 3, 160, 160)),
+    "maxvit_t": (torchvision.models.maxvit_t, (2, 3, 224, 224)),
+    "coatnet_0": (_timm("coatnet_0_224"), (2, 3, 224, 224)),
     "deeplabv3_resnet50": (_segmentation("deeplabv3_resnet50"), (4, 3, 160, 160)),
 }
 

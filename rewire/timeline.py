@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from rewire.plans import Chain
 from rewire.survey import Survey, Visit
@@ -23,7 +24,7 @@ class Part:
 
     Attributes:
         visits: Of a stretch, the calls that are its members.
-        saved: Storages that autograd keeps of it.
+        order: Storages that autograd keeps of it, as they come; one may come again.
         begins: Storages that it begins with, which are kept if it is checkpointed.
         extra: Bytes that it keeps besides (a chain's streams).
         need: Bytes that its backward needs besides (a branch's activations, and their gradients).
@@ -31,18 +32,23 @@ class Part:
     """
 
     visits: tuple[Visit, ...] = ()
-    saved: set[int] = field(default_factory=set)
+    order: list[int] = field(default_factory=list)
     begins: set[int] = field(default_factory=set)
     extra: int = 0
     need: int = 0
     branch: frozenset[int] = frozenset()
 
-    @property
+    @cached_property
+    def saved(self) -> set[int]:
+        """Storages that autograd keeps of it."""
+        return set(self.order)
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of its members: what a stretch is told by."""
         return tuple(visit.name for visit in self.visits)
 
-    @property
+    @cached_property
     def operations(self) -> int:
         """What running it again takes."""
         return sum(inner.operations for visit in self.visits for inner in visit.inside())
@@ -89,11 +95,8 @@ class Timeline:
         kept: set[int] = set()
         below, found = 0, (0, self.parts[0])
         for part in self.parts:
-            own = part.saved | part.begins
-            there = below + self._bytes(own - kept) + part.need
-            found = max(
-                found, (there + self._gradients(part, weights), part), key=lambda row: row[0]
-            )
+            there = below + self._inside(part, kept, weights)
+            found = max(found, (there, part), key=lambda row: row[0])
             stay = part.begins if part.names in checkpointed else part.saved
             below += self._bytes(stay - kept) + part.extra
             kept |= stay
@@ -136,14 +139,25 @@ class Timeline:
     def _bytes(self, storages: Collection[int]) -> int:
         return sum(self.sizes.get(storage, 0) for storage in storages)
 
-    def _gradients(self, part: Part, weights: bool) -> int:
-        """Those of the input and of the result of one operation, and perhaps of its weight."""
-        of_weight = 0
-        if weights:
-            used = part.saved | part.branch
-            of_weight = max((self._weights.get(storage, 0) for storage in used), default=0)
-        largest = max((self.sizes.get(storage, 0) for storage in part.saved), default=0)
-        return 2 * largest + of_weight
+    def _inside(self, part: Part, kept: set[int], weights: bool) -> int:
+        """Most bytes of a part's own while backward is in it.
+
+        Backward goes from what was saved last to what was saved first. At each there are what was
+        saved before it, its own gradient, that of what was saved next, and perhaps a weight's.
+        """
+        there = self._bytes(part.begins - kept) + part.need
+        met = kept | part.begins
+        weight = max((self._weights.get(s, 0) for s in part.branch), default=0) * weights
+        most = there + weight
+        sizes = [self.sizes.get(storage, 0) for storage in part.order]
+        own = 0
+        for storage, size, after in zip(part.order, sizes, _next_sizes(sizes), strict=True):
+            there += 0 if storage in met else size
+            met.add(storage)
+            own = size or own
+            weight = self._weights.get(storage, 0) * weights
+            most = max(most, there + own + after + weight)
+        return most
 
     # ---- taking apart ----------------------------------------------------------------
 
@@ -160,9 +174,9 @@ class Timeline:
         own = Part()
         for event in visit.events:
             if isinstance(event, int):
-                own.saved.add(event)
+                own.order.append(event)
                 continue
-            if own.saved:
+            if own.order:
                 yield own
                 own = Part()
             if not self._places.stretchable(event, alone=False):
@@ -175,7 +189,7 @@ class Timeline:
                 yield from self._ended(run)
                 run = [event]
         yield from self._ended(run)
-        if own.saved:
+        if own.order:
             yield own
 
     def _single(self, visit: Visit) -> Iterator[Part]:
@@ -188,17 +202,17 @@ class Timeline:
         """A run of calls as a stretch; what it cannot begin with stands before it."""
         run = list(run)
         while run and not _may_begin(run[0]):
-            yield Part(saved=_saved(run.pop(0)))
+            yield Part(order=_saved(run.pop(0)))
         if run:
             yield self._stretch(*run)
 
     def _stretch(self, *visits: Visit) -> Part:
-        saved: set[int] = set().union(*map(_saved, visits))
+        order = [storage for visit in visits for storage in _saved(visit)]
         begins = {given.storage for given in visits[0].given}
         for before, visit in itertools.pairwise(visits):
             linked = before.result and before.result[0]
             begins |= {given.storage for given in visit.given if given.tensor != linked}
-        return Part(visits, saved, begins)
+        return Part(visits, order, begins)
 
     def _home(self, home: Visit) -> Iterator[Part]:
         """A home: the calls of its branches are one part, what stands around them others."""
@@ -209,7 +223,7 @@ class Timeline:
             elif self._places.holds_home(event):
                 yield from self._parts_of(event)
             elif self._places.of_branch(event):
-                branch |= _saved(event)
+                branch.update(_saved(event))
             else:
                 yield from self._single(event)
         need = math.ceil(self._bytes(branch) / self._residuals[home.name])
@@ -223,8 +237,21 @@ def _around(visits: Sequence[Visit], one: Visit) -> tuple[Sequence[Visit], Visit
     return visits[:at], one, visits[at + 1 :]
 
 
-def _saved(visit: Visit) -> set[int]:
-    return {event for inner in visit.inside() for event in inner.events if isinstance(event, int)}
+def _saved(visit: Visit) -> list[int]:
+    """Storages that are saved in a call, as they come."""
+    found = []
+    for event in visit.events:
+        found += [event] if isinstance(event, int) else _saved(event)
+    return found
+
+
+def _next_sizes(sizes: Sequence[int]) -> list[int]:
+    """For each the size behind it that is not zero; for the last its own."""
+    found, after = [], 0
+    for size in reversed(sizes):
+        found.append(after or size)
+        after = size or after
+    return found[::-1]
 
 
 def _may_begin(visit: Visit) -> bool:

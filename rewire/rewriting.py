@@ -225,12 +225,20 @@ def _check(model: nn.Module, plan: Plan) -> None:
                 f"{type(model).__qualname__} does not have. Make a plan of this model."
             )
     for name in (name for row in plan.outside for name in row.modules):
-        why = unfit(model.get_submodule(name)) if name in names else "the model does not have it"
-        if why:
+        if why := _unfit(model, plan, name, names):
             raise RewireError(
                 f"the plan was made for {plan.model} and checkpoints {name!r}, which cannot be: "
                 f"{why}. Make a plan of this model."
             )
+
+
+def _unfit(model: nn.Module, plan: Plan, name: str, names: set[str]) -> str:
+    """Why a module cannot be checkpointed; empty if it can."""
+    if name not in names:
+        return "the model does not have it"
+    if any(f"{residual.home}.".startswith(f"{name}.") for residual in plan.modules):
+        return "a chain runs in it"
+    return unfit(model.get_submodule(name))
 
 
 def _install(rev: nn.Module, plan: Plan, coupling: str | Coupling | None, check: str) -> None:

@@ -600,9 +600,13 @@ def test_a_part_of_a_rewired_model_tells_its_plan() -> None:
 def test_a_plan_of_another_model_is_refused() -> None:
     model = net()
     plan = rewire.plan(model, images())
-    for name, why in (("stem", "does not have it"), ("down", "its forward is replaced")):
+    model.down.forward = lambda x: x
+    for name, why in (
+        ("stem", "does not have it"),
+        ("down", "its forward is replaced"),
+        ("first", "a chain runs in it"),
+    ):
         rows = (Checkpointed((name,)),)
-        model.down.forward = lambda x: x
         with pytest.raises(RewireError, match=f"checkpoints '{name}'.*{why}"):
             rewire.make_reversible(model, plan=dataclasses.replace(plan, outside=rows))
 

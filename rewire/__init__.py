@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rewire.comparison import Difference, Distance, distance
     from rewire.coupling import Bdia, Consistent, Coupling, Dr2, Re2
+    from rewire.division import parts
     from rewire.errors import (
         BadFile,
         CannotTrace,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     )
     from rewire.integers import Coefficients
     from rewire.planning import plan
-    from rewire.plans import Chain, Plan, Residual, Skipped
+    from rewire.plans import Chain, Checkpointed, Parts, Plan, Residual, Skipped
     from rewire.profiling import Profile, profile
     from rewire.recalibration import recalibrate
     from rewire.reversible import ReversibleSequential, store_activations
@@ -45,8 +46,9 @@ _HOMES = {
         "StreamMismatch",
     ),
     "integers": ("Coefficients",),
+    "division": ("parts",),
     "planning": ("plan",),
-    "plans": ("Chain", "Plan", "Residual", "Skipped"),
+    "plans": ("Chain", "Checkpointed", "Parts", "Plan", "Residual", "Skipped"),
     "profiling": ("Profile", "profile"),
     "recalibration": ("recalibrate",),
     "reversible": ("ReversibleSequential", "store_activations"),
@@ -63,6 +65,7 @@ __all__ = [
     "CannotTrace",
     "Chain",
     "Check",
+    "Checkpointed",
     "Coefficients",
     "Consistent",
     "Coupling",
@@ -72,6 +75,7 @@ __all__ = [
     "Dr2Schedule",
     "NotRepeatable",
     "NothingToRewire",
+    "Parts",
     "Plan",
     "Profile",
     "Re2",
@@ -84,6 +88,7 @@ __all__ = [
     "distance",
     "load",
     "make_reversible",
+    "parts",
     "plan",
     "profile",
     "recalibrate",

@@ -62,6 +62,12 @@ Precision = Annotated[
     str,
     typer.Option(metavar="exact|float64|fast", help="Of the streams; exact gives exact gradients."),
 ]
+Chunks = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|N", help="Run each branch on parts of its input, where they are independent."
+    ),
+]
 Granularity = Annotated[
     str,
     typer.Option(
@@ -73,6 +79,13 @@ Trunk = Annotated[
     typer.Option(
         metavar="identity|inside",
         help="Activations between adds: keep the exact function, or move them into the branches.",
+    ),
+]
+Outside = Annotated[
+    str,
+    typer.Option(
+        metavar="store|checkpoint",
+        help="Activations outside of the chains: kept, or computed again where that pays.",
     ),
 ]
 Include = Annotated[
@@ -112,8 +125,10 @@ def inspect(
     input_shape: Shape = None,
     coupling: Coupling = "re2",
     precision: Precision = "exact",
+    chunks: Chunks = "1",
     granularity: Granularity = "module",
     trunk: Trunk = "identity",
+    outside: Outside = "store",
     include: Include = None,
     exclude: Exclude = None,
     pretrained: Pretrained = False,
@@ -130,6 +145,7 @@ def inspect(
       rewire inspect mypackage.models:build --exclude 'head.*'
     """
     how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
+    how |= {"outside": outside, "chunks": chunks}
     shape = _checked(input_shape, how)
     options = (arch, trust, pretrained, include, exclude)
     with _one_line_errors(debug):
@@ -143,6 +159,8 @@ def inspect(
             _print_json({"source": source.description, **plan.to_dict()})
         else:
             console().print(plan_tree(plan))
+            if request.chunks != 1 and plan.chains:
+                _print_parts(source.module, plan, shape)
         if not plan.chains:
             from rewire.rewriting import make_reversible
 
@@ -161,8 +179,10 @@ def convert(
     input_shape: Shape = None,
     coupling: Coupling = "re2",
     precision: Precision = "exact",
+    chunks: Chunks = "1",
     granularity: Granularity = "module",
     trunk: Trunk = "identity",
+    outside: Outside = "store",
     include: Include = None,
     exclude: Exclude = None,
     pretrained: Pretrained = False,
@@ -185,6 +205,7 @@ def convert(
       rewire convert timm/vit_large_patch16_224 --pretrained -o rev_vit.pt
     """
     how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
+    how |= {"outside": outside, "chunks": chunks}
     shape = _checked(input_shape, how)
     options = (arch, trust, pretrained, include, exclude)
     _check_target(out, model, "OUT")
@@ -299,6 +320,7 @@ _CHOICES = {
     "precision": ("exact", "float64", "fast"),
     "granularity": ("module", "block"),
     "trunk": ("identity", "inside"),
+    "outside": ("store", "checkpoint"),
 }
 
 
@@ -308,6 +330,9 @@ def _checked(input_shape: str | None, how: dict[str, str]) -> tuple[int, ...] | 
         if how.get(option, choices[0]) not in choices:
             known = ", ".join(choices[:-1]) + f" or {choices[-1]}"
             raise typer.BadParameter(f"--{option} is {known}, not {how[option]!r}.")
+    chunks = how.get("chunks", "1")
+    if chunks != "auto" and not (chunks.isdecimal() and int(chunks)):
+        raise typer.BadParameter(f"--chunks is auto or a number from 1 on, not {chunks!r}.")
     if input_shape is None:
         return None
     sizes = input_shape.split(",")
@@ -318,12 +343,26 @@ def _checked(input_shape: str | None, how: dict[str, str]) -> tuple[int, ...] | 
     return tuple(int(size) for size in sizes)
 
 
+def _print_parts(model: Any, plan: Any, shape: tuple[int, ...] | None) -> None:
+    """Which branches run in parts on the example."""
+    from rewire.division import parts
+    from rewire.inputs import example_for
+    from rewire.report import parts_lines
+    from rewire.rewriting import make_reversible
+
+    example = example_for(model, shape) if shape else None
+    typer.echo("branches in parts, on this input:")
+    for line in parts_lines(parts(make_reversible(model, plan=plan), example)):
+        typer.echo(f"  {line}")
+
+
 def _request(
     options: tuple[Any, ...], how: dict[str, str], shape: tuple[int, ...] | None
 ) -> Request:
     from rewire.conversion import Request
 
     arch, trust, pretrained, include, exclude = options
+    chunks = how.pop("chunks", "1")
     return Request(
         arch=arch,
         trust=tuple(trust or ()),
@@ -331,6 +370,7 @@ def _request(
         shape=shape,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
+        chunks=chunks if chunks == "auto" else int(chunks),
         **how,
     )
 

@@ -22,8 +22,10 @@ class Request:
     shape: Sequence[int] | None = None
     coupling: str = "re2"
     precision: str = "exact"
+    chunks: int | str = 1
     granularity: str = "module"
     trunk: str = "identity"
+    outside: str = "store"
     include: Sequence[str] = field(default=())
     exclude: Sequence[str] = field(default=())
 
@@ -59,8 +61,10 @@ def planned(source: Source, request: Request) -> Plan:
             example,
             coupling=request.coupling,
             precision=request.precision,
+            chunks=request.chunks,
             granularity=request.granularity,
             trunk=request.trunk,
+            outside=request.outside,
             include=request.include,
             exclude=request.exclude,
         )

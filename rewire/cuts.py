@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
-Chunks = int | str | None
+Chunks = int | str
 
 
 class Span(NamedTuple):
@@ -62,6 +61,22 @@ class Cuts:
         return cut
 
 
+class Found(NamedTuple):
+    """How a branch is cut, or why not.
+
+    Attributes:
+        cuts: The parts.
+        axes: Of the stream's dimensions those along which it is cut, with the number of parts.
+        saved_bytes: What the whole branch saves for backward.
+        reason: Why it is not cut, or not further.
+    """
+
+    cuts: Cuts
+    axes: tuple[tuple[int, int], ...]
+    saved_bytes: int
+    reason: str
+
+
 UNCUT = Cuts((ALL,))
 
 
@@ -72,9 +87,9 @@ def checked(chunks: Chunks) -> Chunks:
         ValueError: It is not.
     """
     whole = isinstance(chunks, int) and not isinstance(chunks, bool)
-    if chunks is None or chunks == "auto" or (whole and int(chunks) >= 1):
+    if chunks == "auto" or (whole and int(chunks) >= 1):
         return chunks
-    raise ValueError(f"chunks={chunks!r}; choose 'auto', a number of parts from 1 on, or None.")
+    raise ValueError(f"chunks={chunks!r}; choose 'auto' or a number of parts from 1 on.")
 
 
 def dense(x: Tensor) -> Tensor:

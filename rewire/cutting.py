@@ -18,8 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.attributes import restored_attributes
-from rewire.cuts import COUNT, UNCUT, Chunks, Cuts, Place, Span, at
-from rewire.following import Coarser, Following, Label, Mixed, Shapes
+from rewire.cuts import COUNT, UNCUT, Chunks, Cuts, Found, Place, Span, at
+from rewire.following import Coarser, Following, Label, Mixed, Seen, Shapes
 from rewire.replay import autocast_state, transformed
 from rewire.steps import Branch
 
@@ -27,22 +27,6 @@ Tail = Callable[[Tensor], Tensor] | None
 _STREAMS = 2  # "auto": a part's activations take as much as so many streams
 _LEAST = 1 << 20  # bytes of activations below which a part costs more time than it is worth
 _MOST_FORMS = 64
-
-
-class Found(NamedTuple):
-    """How a branch is cut, or why not.
-
-    Attributes:
-        cuts: The parts.
-        axes: Of the stream's dimensions those along which it is cut, with the number of parts.
-        saved_bytes: What the whole branch saves for backward.
-        reason: Why it is not cut, or not further.
-    """
-
-    cuts: Cuts
-    axes: tuple[tuple[int, int], ...]
-    saved_bytes: int
-    reason: str
 
 
 class _Axis(NamedTuple):
@@ -54,12 +38,11 @@ class _Axis(NamedTuple):
 class Cutting:
     """The cuts of one branch.
 
-    Args:
-        fixed: Why the branch is never cut; "": it may be.
+    Attributes:
+        last: Those of its last run.
     """
 
-    def __init__(self, fixed: str = "") -> None:
-        self.fixed = fixed
+    def __init__(self) -> None:
         self.last: Found | None = None
         self._found: dict[Any, Found] = {}
 
@@ -77,13 +60,13 @@ class Cutting:
         """How the branch is run on `x`.
 
         Args:
-            chunks: "auto", the number of parts, or None.
+            chunks: "auto", or the number of parts.
             branch: Whose cuts these are.
             x: Its input, [*S].
             sides: Its side inputs.
             tail: The activation on the trunk that has given `x`; it is run part by part too.
         """
-        if chunks is None or chunks == 1 or transformed():
+        if chunks == 1 or transformed():
             return UNCUT
         key = (
             chunks,
@@ -103,8 +86,6 @@ class Cutting:
     def _find(
         self, chunks: Chunks, branch: Branch, x: Tensor, sides: Sequence[Any], tail: Tail
     ) -> Found:
-        if self.fixed:
-            return Found(UNCUT, (), 0, self.fixed)
         with restored_attributes(branch.holdings.modules) as changed:
             try:
                 found = _Search(branch, x, sides, tail).found(chunks)
@@ -152,7 +133,9 @@ class _Search:
         if count == 1:
             size = f"{saved / 1e6:.1f} MB of activations"
             return Found(UNCUT, (), saved, f"{size} are too few for it to pay")
-        axes, parts, reason = [], [], ""
+        axes: list[_Axis] = []
+        parts: list[int] = []
+        reason = ""
         for dim in self._outermost_first():
             try:
                 axis = self._axis(dim)
@@ -214,13 +197,14 @@ class _Search:
                 self._run(x * 1, self._sides)
         return sum(size for storage, size in seen.items() if storage not in held)
 
-    def _shapes(self, x: Tensor, sides: Sequence[Any]) -> list[Any]:
+    def _shapes(self, x: Tensor, sides: Sequence[Any]) -> list[Seen]:
         with self._mode, Shapes() as shapes:
             results = self._run(x, sides)
         for result in results:
             if result.shape != x.shape:
                 raise Mixed(f"it gives {list(result.shape)} for a stream of {list(x.shape)}")
-        return shapes.seen
+        seen: list[Seen] = shapes.seen
+        return seen
 
     def _axis(self, dim: int) -> _Axis:
         """A dimension along which the branch may be cut."""

@@ -424,7 +424,7 @@ def _numbers(given: dict[str, Any]) -> list[Any]:
 _LAYOUT = frozenset("view _unsafe_view clone reshape _reshape_alias contiguous".split())
 
 
-class Shapes(TorchDispatchMode):  # type: ignore[misc]
+class Shapes(TorchDispatchMode):
     """The names of the operations that run inside, with the shapes that they give."""
 
     def __init__(self) -> None:
@@ -441,7 +441,7 @@ class Shapes(TorchDispatchMode):  # type: ignore[misc]
         return result
 
 
-class Following(TorchDispatchMode):  # type: ignore[misc]
+class Following(TorchDispatchMode):
     """Follow indices through the operations that run inside.
 
     Args:
@@ -520,9 +520,7 @@ class Following(TorchDispatchMode):  # type: ignore[misc]
             raise Mixed(f"{call.name} is handed another number on a part: it counts")
         return other.shapes
 
-    def _compare(
-        self, call: Call, tensor: Tensor, label: Label | None, shape: torch.Size
-    ) -> None:
+    def _compare(self, call: Call, tensor: Tensor, label: Label | None, shape: torch.Size) -> None:
         """The shapes of both runs say the same as the rules."""
         if self._seen is None or call.name in _LAYOUT:
             return
@@ -550,7 +548,7 @@ def _labels_of(found: Labels, result: Any) -> tuple[Label | None, ...]:
     if isinstance(result, Tensor):
         return (found,) if found is None or isinstance(found, Label) else found
     pairs = zip(found or (), result, strict=True)
-    return tuple(label for label, one in pairs if isinstance(one, Tensor))  # type: ignore[misc]
+    return tuple(label for label, one in pairs if isinstance(one, Tensor))
 
 
 def _uniform(call: Call, made: Tensor, shape: torch.Size, run: Following) -> Label | None:

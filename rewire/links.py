@@ -65,7 +65,7 @@ class Course:
     precision: str = "exact"
     check: InitVar[str] = "warn"
     stored: bool = False
-    chunks: Chunks = None
+    chunks: Chunks = 1
     run: _Run = field(default_factory=_Run, repr=False)
     drift: drift.Chain = field(init=False, repr=False)
     grid: Grid = field(default_factory=Grid, repr=False)

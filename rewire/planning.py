@@ -15,6 +15,7 @@ from torch import nn
 
 from rewire.chaining import draft_chains, lost_in_training
 from rewire.coupling import Coupling, coupling_from
+from rewire.cuts import Chunks, checked
 from rewire.dataflow import Call, Watched
 from rewire.drafts import name_residuals
 from rewire.errors import CannotLink, CannotTrace, RewireError
@@ -22,9 +23,11 @@ from rewire.extraction import Program, extract, forms_of
 from rewire.inputs import Example, as_example, example_for, one_more
 from rewire.isolation import own_surroundings, training_mode
 from rewire.links import PRECISIONS
+from rewire.outside import CHOICES, checkpointed
 from rewire.plans import Chain, Plan, Residual, Skipped
 from rewire.replay import uncached_autocast
 from rewire.residuals import Found, find_residuals
+from rewire.stretches import unfit
 from rewire.structure import flatten
 from rewire.tracing import CodeRaised, trace_home
 from rewire.watching import watch, watch_training
@@ -39,8 +42,10 @@ def plan(
     *,
     coupling: str | Coupling = "re2",
     precision: str = "exact",
+    chunks: Chunks = 1,
     granularity: str = "module",
     trunk: str = "identity",
+    outside: str = "store",
     include: Sequence[str] | str = (),
     exclude: Sequence[str] | str = (),
 ) -> Plan:
@@ -57,13 +62,19 @@ def plan(
             Nothing of it (batch, size, dtype, device) is burned in.
         coupling: As for `rewire.make_reversible`.
         precision: As for `rewire.make_reversible`.
+        chunks: As for `rewire.make_reversible`. Which branches can be cut, and along what, is
+            found when they run; `rewire.parts` tells it.
         granularity: "module": attention and MLP are two residual modules. "block": a whole block
             is one, F(x) = block(x) - x: nearer to the original, with larger branches.
         trunk: What happens to an activation after an add: "identity" keeps the function of each
             module exactly, "inside" moves it into the branch (Re2TAL's form for ResNets).
+        outside: What happens to activations outside of the chains (stem, downsampling, first
+            blocks of stages, head): "store" keeps them as always, "checkpoint" computes them
+            again in backward where that lowers the peak of a step. Which these are follows from
+            the bytes of one more run, in train mode; see `rewire.outside`.
         include: Globs of qualified names of residual modules or modules above them; others are
             left alone.
-        exclude: Globs of those to be left alone.
+        exclude: Globs of those to be left alone, and of modules not to be checkpointed.
 
     Raises:
         CannotTrace: The model does not run on the example, or no example was found.
@@ -73,14 +84,16 @@ def plan(
         >>> [len(chain) for chain in rewire.plan(torchvision.models.resnet50()).chains]
         [2, 3, 5, 2]
     """
-    _check_choices(trunk=trunk, granularity=granularity, precision=precision)
+    _check_choices(trunk=trunk, granularity=granularity, precision=precision, outside=outside)
     example = example_for(model) if example_inputs is None else as_example(example_inputs)
     globs = _Globs(_tuple(include), _tuple(exclude))
     with uncached_autocast():
         watched = watch(model, example.args, example.kwargs)
         trained = _trained(model, example)
     found, skipped = find_residuals(watched)
-    _check_globs(watched, found, (*globs.include, *globs.exclude))
+    others = {call.name for call in watched.calls} if outside == "checkpoint" else set()
+    _check_globs(watched, found, globs.include)
+    _check_globs(watched, found, globs.exclude, others)
     lost = {}
     if trained is not None:
         lost = lost_in_training(watched, found, trained, find_residuals(trained)[0], trunk)
@@ -93,7 +106,14 @@ def plan(
         inputs=example.description,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-    return coupled(plan, coupling, precision)
+    plan = coupled(plan, coupling, precision, chunks)
+    if outside == "store" or not chains:
+        return plan
+
+    def refuse(name: str, module: nn.Module) -> bool:
+        return _matches(name, globs.exclude) or bool(unfit(module))
+
+    return replace(plan, outside=checkpointed(model, example, plan.chains, refuse))
 
 
 def _trained(model: nn.Module, example: Example) -> Watched | None:
@@ -106,10 +126,17 @@ def _trained(model: nn.Module, example: Example) -> Watched | None:
     return watch_training(model, example.args, example.kwargs)
 
 
-def coupled(plan: Plan, coupling: str | Coupling | None, precision: str | None) -> Plan:
-    """A plan with another coupling or precision; None leaves what it has."""
+def coupled(
+    plan: Plan,
+    coupling: str | Coupling | None,
+    precision: str | None,
+    chunks: Chunks | None = None,
+) -> Plan:
+    """A plan with another coupling, precision or number of parts; None leaves what it has."""
     found = None if coupling is None else coupling_from(coupling)
     changed: dict[str, Any] = {} if precision is None else {"precision": precision}
+    if chunks is not None:
+        changed["chunks"] = checked(chunks)
     if found is not None:
         changed |= {"coupling": str(found), "bits": found.bits}
     chains = [replace(chain, **changed) for chain in plan.chains]
@@ -124,6 +151,7 @@ def coupled(plan: Plan, coupling: str | Coupling | None, precision: str | None) 
 
 def _check_choices(**given: str) -> None:
     known = {"trunk": TRUNKS, "granularity": GRANULARITIES, "precision": PRECISIONS}
+    known["outside"] = CHOICES
     for what, choice in given.items():
         if choice not in known[what]:
             choices = ", ".join(map(repr, known[what]))
@@ -230,10 +258,12 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(part, glob) for glob in globs for part in above)
 
 
-def _check_globs(watched: Watched, found: Sequence[Found], globs: Sequence[str]) -> None:
-    """A glob that matches nothing is a slip of the pen."""
+def _check_globs(
+    watched: Watched, found: Sequence[Found], globs: Sequence[str], others: Collection[str] = ()
+) -> None:
+    """A glob that matches nothing, no other module either, is a slip of the pen."""
     drafts = name_residuals(watched, found)
-    names = {name for d in drafts for name in (d.residual.name, d.residual.home)}
+    names = {name for d in drafts for name in (d.residual.name, d.residual.home)}.union(others)
     for glob in globs:
         if not any(_matches(name, [glob]) for name in names):
             near = difflib.get_close_matches(glob, sorted(names), 3, 0) or ["none"]

@@ -69,6 +69,7 @@ class Chain:
         taps: Modules whose value is used outside the chain too; there it is the newest stream.
         coupling: The equation of its steps, as spelled by `rewire.Coupling`.
         precision: Of its streams: "exact", "float64" or "fast".
+        chunks: Into how many parts its branches are cut where they can be; 1: not at all.
         bits: Of correction, per element of the stream and module, that the coupling's inverse
             needs. What a normalisation on the trunk needs beside it is measured in each run.
         start: In words, why it does not go on from what stands before it.
@@ -81,6 +82,7 @@ class Chain:
     taps: tuple[str, ...] = ()
     coupling: str = "re2"
     precision: str = "exact"
+    chunks: int | str = 1
     bits: int = 0
     start: str = ""
 
@@ -102,6 +104,38 @@ class Chain:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """How one branch is run.
+
+    Attributes:
+        name: Of the residual module.
+        along: Dimensions of the stream that it is cut along, with the number of parts of each.
+        saved_bytes: What the whole branch saves for backward.
+        reason: Why it is not cut, or not into more parts; "" where nothing stands against it.
+    """
+
+    name: str
+    along: tuple[tuple[int, int], ...]
+    saved_bytes: int
+    reason: str = ""
+
+    @property
+    def count(self) -> int:
+        """The number of parts."""
+        total = 1
+        for _, parts in self.along:
+            total *= parts
+        return total
+
+    def __str__(self) -> str:
+        size = f"{self.saved_bytes / 1e6:.1f} MB"
+        if not self.along:
+            return f"{self.name}: whole: {self.reason}"
+        along = " × ".join(f"{parts} along dimension {dim}" for dim, parts in self.along)
+        return f"{self.name}: {along} ({size} whole)"
+
+
+@dataclass(frozen=True)
 class Skipped:
     """An add that is left alone.
 
@@ -119,6 +153,26 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Checkpointed:
+    """A stretch of modules outside the chains whose activations are not stored.
+
+    Backward runs it again, from what it began with.
+
+    Attributes:
+        modules: Qualified names, in the order in which they run; each is handed the result of the
+            one before.
+        saved_bytes: What autograd would keep in it for backward, in the example.
+        kept_bytes: What stays of that: what it begins with, and what others keep anyway.
+        reason: Why it pays, in words.
+    """
+
+    modules: tuple[str, ...]
+    saved_bytes: int = 0
+    kept_bytes: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `make_reversible` will do.
 
@@ -128,6 +182,7 @@ class Plan:
         skipped: Every residual-looking add left alone, with its reason.
         inputs: The example the plan was made with, in words, and where it came from.
         parameters: Number of parameters of the model.
+        outside: What is checkpointed outside of the chains.
     """
 
     model: str
@@ -135,6 +190,7 @@ class Plan:
     skipped: list[Skipped]
     inputs: str = ""
     parameters: int = 0
+    outside: tuple[Checkpointed, ...] = ()
 
     @property
     def modules(self) -> list[Residual]:
@@ -157,7 +213,8 @@ class Plan:
             modules = tuple(Residual(**_frozen(module)) for module in chain["modules"])
             chains.append(Chain(**{**_frozen(chain), "modules": modules}))
         skipped = [Skipped(**_frozen(row)) for row in data["skipped"]]
-        return cls(**{**data, "chains": chains, "skipped": skipped})
+        outside = tuple(Checkpointed(**_frozen(row)) for row in data.get("outside", ()))
+        return cls(**{**data, "chains": chains, "skipped": skipped, "outside": outside})
 
     def __str__(self) -> str:
         chains = "1 chain" if len(self.chains) == 1 else f"{len(self.chains)} chains"
@@ -165,6 +222,7 @@ class Plan:
         for chain in self.chains:
             how = f"{len(chain)} modules, {chain.coupling}, {chain.precision}"
             lines.append(f"  {chain.name or '(model)'}: {how}")
+        lines += [f"  checkpointed: {', '.join(row.modules)}" for row in self.outside]
         lines += [f"  left alone: {row.where or '(model)'} ({row.reason})" for row in self.skipped]
         return "\n".join(lines)
 

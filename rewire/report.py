@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from rewire.plans import Chain, Plan, Residual, Skipped
+from rewire.plans import Chain, Checkpointed, Parts, Plan, Residual, Skipped
 
 _WIDTH = 100
 _SHOWN = 3
@@ -78,6 +78,8 @@ def plan_tree(plan: Plan) -> Tree:
         tree.add(Text(f"inputs: {plan.inputs}", style="dim"))
     for chain in plan.chains:
         _add_chain(tree, chain)
+    if plan.outside:
+        _add_outside(tree, plan.outside)
     if plan.skipped:
         _add_skipped(tree, plan.skipped)
     return tree
@@ -89,6 +91,9 @@ def plan_summary(plan: Plan) -> Tree:
     tree = Tree(Text(title, style="bold"))
     for chain in plan.chains:
         tree.add(_chain_title(chain))
+    if plan.outside:
+        title = f"{_counted(len(plan.outside), 'stretch', 'stretches')} outside checkpointed"
+        tree.add(Text(title, style="dim"))
     if plan.skipped:
         tree.add(Text(f"{_counted(len(plan.skipped), 'add')} left alone", style="dim"))
     return tree
@@ -130,8 +135,8 @@ def human_bytes(count: float) -> str:
     return f"{count / 1000:.1f} GB"
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def _counted(count: int, noun: str, plural: str = "") -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {plural or f'{noun}s'}"
 
 
 def _chain_title(chain: Chain) -> Text:
@@ -143,9 +148,23 @@ def _chain_title(chain: Chain) -> Text:
     text.append(f"  {_bits(chain)}", style="not bold dim")
     if chain.precision != "exact":
         text.append(f"  precision={chain.precision}", style="not bold yellow")
+    if chain.chunks != 1:
+        text.append(f"  chunks={chain.chunks}", style="not bold yellow")
     if chain.trunk != "identity":
         text.append(f"  trunk={chain.trunk}", style="not bold yellow")
     return text
+
+
+def parts_lines(rows: Sequence[Parts]) -> list[str]:
+    """Branches that run in parts, those that are run alike on one line."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(str(row).removeprefix(f"{row.name}: "), []).append(row.name)
+    lines = []
+    for how, names in groups.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"{names[0]}{more}: {how}")
+    return lines
 
 
 def _bits(chain: Chain) -> str:
@@ -177,6 +196,16 @@ def _module_line(module: Residual) -> Text:
     if module.norm:
         text.append("  (its sum is normalised)", style="dim")
     return text
+
+
+def _add_outside(tree: Tree, outside: Sequence[Checkpointed]) -> None:
+    count = _counted(len(outside), "stretch", "stretches")
+    branch = tree.add(Text(f"outside of the chains, checkpointed: {count}", style="bold green"))
+    for row in outside:
+        line = Text(" → ".join(row.modules))
+        sizes = f"{human_bytes(row.saved_bytes)} → {human_bytes(row.kept_bytes)}"
+        line.append(f"  {sizes}, {row.reason}", style="dim")
+        branch.add(line)
 
 
 def _add_skipped(tree: Tree, skipped: Sequence[Skipped]) -> None:

@@ -23,6 +23,7 @@ from rewire.holdings import Holdings
 from rewire.links import Course
 from rewire.running import advance, open_chain
 from rewire.steps import Branch, Output
+from rewire.stretches import Stretch, place_of
 
 
 class ModuleBranch:
@@ -97,7 +98,7 @@ class ReversibleSequential(nn.Module):
         coupling: str | Coupling = "re2",
         precision: str = "exact",
         check: str = "warn",
-        chunks: Chunks = None,
+        chunks: Chunks = 1,
         name: str = "",
     ) -> None:
         super().__init__()
@@ -190,19 +191,34 @@ class ReversibleSequential(nn.Module):
 
 @contextmanager
 def store_activations(model: nn.Module) -> Iterator[None]:
-    """Run the reversible chains of `model` by ordinary autograd, activations stored.
+    """Run `model` by ordinary autograd: activations of its chains, and outside of them, stored.
 
     The same function, and the same arithmetic in the same order: the plain twin for
     tests and debugging.
     """
-    before = {id(course): (course, course.stored) for course in courses(model)}.values()
+    places = filter(None, map(place_of, model.modules()))
+    found: list[Course | Stretch] = [*courses(model), *(place.stretch for place in places)]
+    before = {id(one): (one, one.stored) for one in found}.values()
     try:
-        for course, _ in before:
-            course.stored = True
+        for one, _ in before:
+            one.stored = True
         yield
     finally:
-        for course, stored in before:
-            course.stored = stored
+        for one, stored in before:
+            one.stored = stored
+
+
+@contextmanager
+def whole_branches(model: nn.Module) -> Iterator[None]:
+    """Run the branches of `model` whole, whatever `chunks` says: the plain twin of their parts."""
+    before = [(course, course.chunks) for course in courses(model)]
+    try:
+        for course, _ in before:
+            course.chunks = 1
+        yield
+    finally:
+        for course, chunks in reversed(before):
+            course.chunks = chunks
 
 
 @contextmanager

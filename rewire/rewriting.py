@@ -13,14 +13,16 @@ import torch
 from torch import fx, nn
 
 from rewire.coupling import Coupling, coupling_from
-from rewire.cuts import Chunks, checked
+from rewire.cuts import Chunks
 from rewire.errors import NothingToRewire, RewireError
 from rewire.homes import is_home, rewired_class
 from rewire.links import Course
 from rewire.planning import coupled, inner_homes, modules_by_home, trunk_of
 from rewire.planning import plan as make_plan
-from rewire.plans import Chain, Plan, Residual
+from rewire.plans import Chain, Checkpointed, Plan, Residual
 from rewire.programs import HomeChain, HomeState, original_class
+from rewire.regions import install
+from rewire.stretches import Stretch, place_of, unfit
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -34,9 +36,10 @@ def make_reversible(
     coupling: str | Coupling | None = None,
     precision: str | None = None,
     check: str = "warn",
-    chunks: Chunks = None,
+    chunks: Chunks | None = None,
     granularity: str = "module",
     trunk: str = "identity",
+    outside: str = "store",
     include: Sequence[str] | str = (),
     exclude: Sequence[str] | str = (),
 ) -> nn.Module:
@@ -50,8 +53,8 @@ def make_reversible(
         model: Any module. It is left as it is and stays usable. Wrap (DDP, FSDP2,
             `torch.compile`) what is returned, not what goes in.
         example_inputs: As for `rewire.plan`.
-        plan: A plan made before, to be carried out as it is; then only `coupling`, `precision`
-            and `check` have an effect beside it.
+        plan: A plan made before, to be carried out as it is; then only `coupling`, `precision`,
+            `chunks` and `check` have an effect beside it.
         coupling: The equation of the two streams, an object (`rewire.Consistent(1 / 4)`) or its
             spelling (`"consistent(1/4)"`); "re2", the paper's, by default. The nearer to the
             original's function, the more bits of correction are kept: see `rewire.coupling`.
@@ -62,18 +65,20 @@ def make_reversible(
         check: What to do in a backward whose rebuilt streams are not right (a branch that does
             not repeat itself, something changed since forward): "warn", "raise" or "off".
         chunks: Run each branch on parts of its input, one after the other, where its operations
-            keep them apart (samples, tokens, windows): "auto", as many as its activations are
-            worth; a number of parts; None (default), not at all. What is random is drawn anew
-            for each part.
+            keep them apart (samples, tokens, windows), so that one part's activations are there
+            at a time: "auto", as many as they are worth; a number of parts; 1, not at all;
+            None (default), as the plan says, which is 1 unless told. What is random is drawn
+            for each part by itself.
         granularity: As for `rewire.plan`.
         trunk: As for `rewire.plan`.
+        outside: As for `rewire.plan`.
         include: As for `rewire.plan`.
         exclude: As for `rewire.plan`.
 
     Returns:
         A new module of the same class, with new module objects and the very same parameter and
         buffer objects: `state_dict` has the same keys in the same order, and training one
-        trains the other. Only modules that own a residual add run other code.
+        trains the other. Only modules that own a residual add, or are checkpointed, run other code.
 
     Raises:
         NothingToRewire: No chain was found; the message names the nearest miss.
@@ -87,15 +92,17 @@ def make_reversible(
     """
     _refuse_unfit(model)
     if plan is None:
-        chosen = {"granularity": granularity, "trunk": trunk}
+        chosen = {"granularity": granularity, "trunk": trunk, "outside": outside}
         plan = make_plan(model, example_inputs, include=include, exclude=exclude, **chosen)
-    plan = coupled(plan, coupling, precision)
+    plan = coupled(plan, coupling, precision, chunks)
     if not plan.chains:
         raise NothingToRewire(_nearest_miss(plan))
     _check(model, plan)
     copies = _copied(model)
     rev = copies[id(model)]
-    _install(rev, plan, coupling, check, checked(chunks))
+    _install(rev, plan, coupling, check)
+    for row in plan.outside:
+        install(rev, Stretch(row))
     rev.__dict__["_rewire_plan"] = plan
     return rev
 
@@ -118,7 +125,8 @@ def _refuse_unfit(model: nn.Module) -> None:
 
 def is_rewired(model: nn.Module) -> bool:
     """Whether a module came from `make_reversible`, or is a part or a wrapper of one that did."""
-    return "_rewire_plan" in model.__dict__ or any(map(is_home, model.modules()))
+    inside = (is_home(module) or place_of(module) for module in model.modules())
+    return "_rewire_plan" in model.__dict__ or any(inside)
 
 
 def plan_of(rev: nn.Module) -> Plan:
@@ -161,11 +169,25 @@ def _plan_inside(rev: nn.Module) -> Plan:
             trunk=trunks[course],
             coupling=str(course.coupling),
             precision=course.precision,
+            chunks=course.chunks,
             bits=course.coupling.bits,
         )
         chains.append(chain)
     parameters = sum(parameter.numel() for parameter in rev.parameters())
-    return Plan(type(rev).__qualname__, chains, [], "", parameters)
+    return Plan(type(rev).__qualname__, chains, [], "", parameters, _stretches_inside(rev))
+
+
+def _stretches_inside(rev: nn.Module) -> tuple[Checkpointed, ...]:
+    """What is checkpointed in a module, by the names that it has there."""
+    members: dict[Stretch, dict[int, str]] = {}
+    for name, module in rev.named_modules():
+        if place := place_of(module):
+            members.setdefault(place.stretch, {})[place.number] = name
+    found = []
+    for stretch, names in members.items():
+        modules = tuple(names[number] for number in sorted(names))
+        found.append(replace(stretch.row, modules=modules))
+    return tuple(found)
 
 
 def _moved(name: str, home: str, now: str) -> str:
@@ -183,7 +205,8 @@ def restored(rev: nn.Module) -> nn.Module:
     plan_of(rev)
     copies = _copied(rev)
     for copy in copies.values():
-        if copy.__dict__.pop("_rewire", None) is None:
+        checkpointed = copy.__dict__.pop("_stretch", None) is not None
+        if copy.__dict__.pop("_rewire", None) is None and not checkpointed:
             continue
         copy.__dict__.pop("_chains", None)
         for name, child in list(copy._modules.items()):
@@ -209,14 +232,27 @@ def _check(model: nn.Module, plan: Plan) -> None:
                 f"the plan was made for {plan.model} and names a module {missing[0]!r} that "
                 f"{type(model).__qualname__} does not have. Make a plan of this model."
             )
+    for name in (name for row in plan.outside for name in row.modules):
+        if why := _unfit(model, plan, name, names):
+            raise RewireError(
+                f"the plan was made for {plan.model} and checkpoints {name!r}, which cannot be: "
+                f"{why}. Make a plan of this model."
+            )
 
 
-def _install(
-    rev: nn.Module, plan: Plan, coupling: str | Coupling | None, check: str, chunks: Chunks
-) -> None:
+def _unfit(model: nn.Module, plan: Plan, name: str, names: set[str]) -> str:
+    """Why a module cannot be checkpointed; empty if it can."""
+    if name not in names:
+        return "the model does not have it"
+    if any(f"{residual.home}.".startswith(f"{name}.") for residual in plan.modules):
+        return "a chain runs in it"
+    return unfit(model.get_submodule(name))
+
+
+def _install(rev: nn.Module, plan: Plan, coupling: str | Coupling | None, check: str) -> None:
     """Turn the homes of a copied model into rewired ones."""
     homes = modules_by_home(plan.chains)
-    courses = [_course(chain, coupling, check, chunks) for chain in plan.chains]
+    courses = [_course(chain, coupling, check) for chain in plan.chains]
     trunks = trunk_of(plan.chains)
     for name, residuals in homes.items():
         home = rev.get_submodule(name)
@@ -242,13 +278,11 @@ def _install(
         _register(home, chains)
 
 
-def _course(
-    chain: Chain, coupling: str | Coupling | None, check: str, chunks: Chunks
-) -> Course:
+def _course(chain: Chain, coupling: str | Coupling | None, check: str) -> Course:
     """A chain at run time."""
     sites = tuple(residual.name for residual in chain)
     found = coupling_from(chain.coupling if coupling is None else coupling)
-    return Course(chain.name, sites, found, chain.precision, check, chunks=chunks)
+    return Course(chain.name, sites, found, chain.precision, check, chunks=chain.chunks)
 
 
 def _unique(chain: Chain) -> list[Any]:

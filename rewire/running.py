@@ -209,7 +209,7 @@ def _cuts(
 ) -> Cuts:
     """How the branch is run part by part."""
     chunks = link.course.chunks
-    if chunks is None:
+    if chunks == 1:
         return UNCUT
     branch.refresh()
     tail = None if link.tail is None else link.tail.call

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rewire.arithmetic import Coupled
 from rewire.attributes import Kept
-from rewire.cuts import UNCUT, ALL, Cuts, Place, at, joined
+from rewire.cuts import ALL, UNCUT, Cuts, Found, Place, at, joined
 from rewire.errors import NotRepeatable
 from rewire.holdings import Flags, Held, Holdings
 from rewire.norms import Normed
@@ -28,7 +28,7 @@ Hooks = torch.autograd.graph.saved_tensors_hooks
 class Cutting(Protocol):
     """How a branch is cut, as the runtime sees it."""
 
-    fixed: str
+    last: Found | None
 
     def cuts(
         self,
@@ -54,7 +54,10 @@ class Branch(Protocol):
 
     name: str
     holdings: Holdings
-    cutting: Cutting
+
+    @property
+    def cutting(self) -> Cutting:
+        """How it is cut."""
 
     @property
     def training(self) -> bool:

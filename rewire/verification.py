@@ -27,8 +27,14 @@ from rewire.holdings import Holdings
 from rewire.inputs import Example, example_for, mapped, one_more
 from rewire.isolation import isolated, training_mode
 from rewire.profiling import floating_tensors, profile, saved_inside
-from rewire.replay import RngStates, all_rng_states, replayed_generators
-from rewire.reversible import exact, kept_grids, store_activations
+from rewire.replay import RngStates, all_rng_states, replayed_generators, same_rng_states
+from rewire.reversible import (
+    courses,
+    exact,
+    kept_grids,
+    store_activations,
+    whole_branches,
+)
 from rewire.running import watch_branches
 from rewire.tape import watch_repeats
 
@@ -40,6 +46,8 @@ _GRADIENT_LIMITS = {torch.float64: 1e-10, torch.float32: 1e-3}  # else 5e-2
 # gradient an error counts relative to the share, not to the tensor's own size.
 _PEAK_SLACK = 100_000  # bytes: of a toy network a stream is more than all activations
 _SMALLEST_SHARE = 1e-3
+# Products of matrices of another height round otherwise; a wrong cut gives 1e-3 and more.
+_PARTS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,7 @@ def verify(
             *_evaluation_checks(model, example),
             *_training_checks(model, example),
             _repeat_check(model, example),
+            *_parts_checks(rev, given),
             _other_batch_check(model, example, original),
             *_memory_checks(rev, given, original),
             *_sharing_checks(rev, original),
@@ -219,6 +228,37 @@ def _repeat_check(model: nn.Module, example: Example) -> Check:
     other = [name for name, same in found if not same]
     detail = f"first {other[0]}" if other else f"of {len(found)}"
     return Check("branches repeat", len(other), 0, "branches", detail)
+
+
+def _parts_checks(rev: nn.Module, given: Example) -> Iterator[Check]:
+    """Branches run part by part give what they give whole, but for the last digits."""
+    if all(course.chunks == 1 for course in courses(rev)):
+        return
+    model = copy.deepcopy(rev).double()
+    example = mapped(given, lambda t: t.double() if t.is_floating_point() else t)
+    for mode, training in (("eval", False), ("train", True)):
+        with isolated(model), kept_grids(model), training_mode(model, training):
+            states = all_rng_states()
+            parts = _outputs(model, example)
+            drawn = not same_rng_states(states, all_rng_states())
+            with whole_branches(model):
+                whole = _outputs(model, example)
+        if drawn:  # for each part by itself: nothing to compare
+            continue
+        pairs = zip(parts, whole, strict=True)
+        worst = max((_relative(a, b) for a, b in pairs), default=0.0)
+        yield Check(f"parts as the whole ({mode})", worst, _PARTS, "relative", "of the outputs")
+
+
+def _outputs(model: nn.Module, example: Example) -> list[torch.Tensor]:
+    fresh, _ = _fresh(example)
+    return [t.detach() for t in floating_tensors(model(*fresh.args, **fresh.kwargs))]
+
+
+def _relative(value: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = (value - expected).abs().amax() / expected.abs().amax().clamp_min(1e-300)
+    found = float(difference)
+    return math.inf if math.isnan(found) else found
 
 
 def _bits_promised(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import rewire
+from rewire.plans import Checkpointed
 
 WIDTH = 8
 RANKS = 2
@@ -68,9 +70,9 @@ def batch(rank: int, micro: int = 0) -> Tensor:
     return torch.randn(4, 5, dtype=torch.float64, generator=generator)
 
 
-def expected(micros: int = 1, **kwargs: Any) -> Gradients:
+def expected(micros: int = 1, make: Callable[[], nn.Module] = net, **kwargs: Any) -> Gradients:
     """The mean over ranks of the gradients summed over micro-batches, in one process."""
-    model = net()
+    model = make()
     with rewire.store_activations(model):
         for micro in range(micros):
             for rank in range(RANKS):
@@ -92,8 +94,8 @@ def gathered(model: nn.Module) -> Gradients:
 # ---- what one rank does ------------------------------------------------------------------
 
 
-def ddp(rank: int, **options: Any) -> Gradients:
-    model = DistributedDataParallel(net(), **options)
+def ddp(rank: int, model: nn.Module | None = None, **options: Any) -> Gradients:
+    model = DistributedDataParallel(model or net(), **options)
     for _ in range(2):  # static graphs differ from the second step on
         model.zero_grad()
         model(batch(rank)).square().mean().backward()
@@ -128,8 +130,14 @@ def ddp_no_sync(rank: int) -> Gradients:
     return gathered(model)
 
 
-def fsdp(rank: int, *, reshard: bool, parts: Callable[[Any], list[nn.Module]]) -> Gradients:
-    model = net()
+def fsdp(
+    rank: int,
+    *,
+    reshard: bool,
+    parts: Callable[[Any], list[nn.Module]],
+    model: nn.Module | None = None,
+) -> Gradients:
+    model = model or net()
     mesh = init_device_mesh("cpu", (RANKS,))
     for part in parts(model):
         fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
@@ -159,6 +167,38 @@ def fsdp_inner(rank: int) -> Gradients:
     return fsdp(rank, reshard=True, parts=inner)
 
 
+def outside() -> nn.Module:
+    """The same, with two stretches outside of the chain checkpointed: a stem of two, a head."""
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(2, 5).double()
+    model.stem = nn.Sequential(model.stem, nn.Identity(), nn.Tanh())
+    model.head = nn.Sequential(nn.Tanh(), model.head)
+    model.double()
+    rows = Checkpointed(("stem.0", "stem.1", "stem.2")), Checkpointed(("head",))
+    plan = dataclasses.replace(rewire.plan(model, x), outside=rows)
+    return rewire.make_reversible(model, plan=plan)
+
+
+def ddp_outside(rank: int) -> Gradients:
+    return ddp(rank, outside())
+
+
+def fsdp_outside(rank: int) -> Gradients:
+    """Each member for itself: the first is gathered anew when the last needs its result.
+
+    The rerun of the head ends inside the module that is wrapped.
+    """
+
+    def members(model: Any) -> list[nn.Module]:
+        return [*model.stem, *model.blocks, model.head[1]]
+
+    return fsdp(rank, reshard=True, parts=members, model=outside())
+
+
+def fsdp_root_outside(rank: int) -> Gradients:
+    return fsdp(rank, reshard=False, parts=lambda _: [], model=outside())
+
+
 def fsdp_accumulated(rank: int) -> Gradients:
     model: Any = net()
     mesh = init_device_mesh("cpu", (RANKS,))
@@ -184,6 +224,9 @@ WAYS: dict[str, tuple[Callable[[int], Gradients], dict[str, Any]]] = {
         (fsdp_root, {}),
         (fsdp_inner, {}),
         (fsdp_accumulated, {"micros": 2}),
+        (ddp_outside, {"make": outside}),
+        (fsdp_outside, {"make": outside}),
+        (fsdp_root_outside, {"make": outside}),
     )
 }
 

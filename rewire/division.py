@@ -1,0 +1,57 @@
+"""Which branches of a rewired model run part by part, how, and why the others do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rewire.cuts import Found
+from rewire.errors import RewireError
+from rewire.inputs import as_example, example_for, mapped
+from rewire.isolation import isolated
+from rewire.plans import Parts
+from rewire.reversible import ReversibleSequential, kept_grids
+
+
+def parts(rev: nn.Module, example_inputs: Any = None) -> list[Parts]:
+    """How each branch of a rewired model is run on an input, in the mode that the model is in.
+
+    Nothing is computed: the model runs on fake tensors.
+
+    Args:
+        rev: What `rewire.make_reversible` gave, with `chunks=`.
+        example_inputs: As for `rewire.plan`.
+
+    Raises:
+        RewireError: The model is not rewired.
+
+    Example:
+        >>> import timm, torch, rewire
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2)
+        >>> rev = rewire.make_reversible(model, chunks=4)
+        >>> for row in rewire.parts(rev, torch.zeros(8, 3, 224, 224))[:2]:
+        ...     print(row)
+        blocks.0.attn: 4 along dimension 0 (11.0 MB whole)
+        blocks.0.mlp: 4 along dimension 0 (14.5 MB whole)
+    """
+    chains = [m for m in rev.modules() if isinstance(m, ReversibleSequential)]
+    chains += [c for m in rev.modules() for c in m.__dict__.get("_chains", ())]
+    if not chains:
+        raise RewireError(
+            f"{type(rev).__qualname__} is not rewired. Pass what `rewire.make_reversible` gave."
+        )
+    example = example_for(rev) if example_inputs is None else as_example(example_inputs)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with isolated(rev), kept_grids(rev), mode, torch.enable_grad():
+        faked = mapped(example, mode.from_tensor)
+        rev(*faked.args, **faked.kwargs)
+    return [_row(branch.name, branch.cutting.last) for chain in chains for branch in chain.branches]
+
+
+def _row(name: str, found: Found | None) -> Parts:
+    if found is None:
+        return Parts(name, (), 0, "chunks is 1")
+    return Parts(name, found.axes, found.saved_bytes, found.reason)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from rewire.membership import Membership, follows, may_begin
 from rewire.plans import Chain
 from rewire.survey import Survey, Visit
 
@@ -27,8 +27,9 @@ class Part:
         order: Storages that autograd keeps of it, as they come; one may come again.
         begins: Storages that it begins with, which are kept if it is checkpointed.
         extra: Bytes that it keeps besides (a chain's streams).
-        need: Bytes that its backward needs besides (a branch's activations, and their gradients).
-        branch: Of a home, storages that autograd keeps of its branches.
+        need: Bytes that its backward needs besides (the gradient of the older stream).
+        rebuilt: It is a residual branch of a chain: nothing of it is kept.
+        result: Bytes of what it gives, where that is known.
     """
 
     visits: tuple[Visit, ...] = ()
@@ -36,7 +37,8 @@ class Part:
     begins: set[int] = field(default_factory=set)
     extra: int = 0
     need: int = 0
-    branch: frozenset[int] = frozenset()
+    rebuilt: bool = False
+    result: int = 0
 
     @cached_property
     def saved(self) -> set[int]:
@@ -72,10 +74,15 @@ class Timeline:
         is_free: Callable[[str], bool],
     ) -> None:
         self.sizes, self._weights = surveyed.sizes, surveyed.weights
-        self._places = _Places(surveyed.root, chains, refuse, is_free)
-        self._streams = {chain.homes[0]: _stream_bytes(chain) for chain in chains}
-        adds = {(residual.home, residual.add) for chain in chains for residual in chain}
-        self._residuals = Counter(home for home, _ in adds)
+        self._members = Membership(surveyed.root, chains, refuse, is_free)
+        self._streams = {home: _stream_bytes(chain) for chain in chains for home in chain.homes}
+        self._firsts = {chain.homes[0] for chain in chains}
+        self._owners = {
+            f"{residual.home}.{name}".lstrip("."): residual.add
+            for chain in chains
+            for residual in chain
+            for name in residual.branch
+        }
         self.parts = list(self._parts_of(surveyed.root))
 
     def peak(self, checkpointed: Collection[tuple[str, ...]], *, weights: bool = False) -> int:
@@ -97,14 +104,15 @@ class Timeline:
         for part in self.parts:
             there = below + self._inside(part, kept, weights)
             found = max(found, (there, part), key=lambda row: row[0])
-            stay = part.begins if part.names in checkpointed else part.saved
+            dropped = part.rebuilt or part.names in checkpointed
+            stay = part.begins if dropped else part.saved
             below += self._bytes(stay - kept) + part.extra
             kept |= stay
         return found
 
     def freed(self, part: Part) -> int:
         """Bytes that checkpointing a stretch frees between its forward and its backward."""
-        others = [other for other in self.parts if other.names != part.names]
+        others = [one for one in self.parts if one.names != part.names and not one.rebuilt]
         elsewhere = set().union(*(other.saved | other.begins for other in others))
         return self._bytes(part.saved - part.begins - elsewhere)
 
@@ -119,11 +127,11 @@ class Timeline:
             yield from self._opened_call(part.visits[0])
             return
         for cut in range(1, len(part.visits)):
-            if _may_begin(part.visits[cut]):
+            if may_begin(part.visits[cut]):
                 yield [self._stretch(*part.visits[:cut]), self._stretch(*part.visits[cut:])]
         large = max(single, key=lambda one: self._bytes(one.saved))
         before, _, after = _around(part.visits, large.visits[0])
-        if not after or _may_begin(after[0]):
+        if not after or may_begin(after[0]):
             inner = self._parts_inside(large.visits[0])
             sides = [[self._stretch(*some)] if some else [] for some in (before, after)]
             yield [*sides[0], *inner, *sides[1]]
@@ -147,11 +155,12 @@ class Timeline:
         """
         there = self._bytes(part.begins - kept) + part.need
         met = kept | part.begins
-        weight = max((self._weights.get(s, 0) for s in part.branch), default=0) * weights
-        most = there + weight
+        most = there
         sizes = [self.sizes.get(storage, 0) for storage in part.order]
         own = 0
-        for storage, size, after in zip(part.order, sizes, _next_sizes(sizes), strict=True):
+        for storage, size, after in zip(
+            part.order, sizes, _next_sizes(sizes, part.result), strict=True
+        ):
             there += 0 if storage in met else size
             met.add(storage)
             own = size or own
@@ -163,7 +172,7 @@ class Timeline:
 
     def _parts_of(self, visit: Visit) -> Iterator[Part]:
         """Of a call with a chain in it, or of code around one."""
-        if visit.name in self._residuals:
+        if visit.name in self._streams:
             yield from self._home(visit)
         else:
             yield from self._parts_inside(visit)
@@ -179,7 +188,7 @@ class Timeline:
             if own.order:
                 yield own
                 own = Part()
-            if not self._places.stretchable(event, alone=False):
+            if not self._members.stretchable(event, alone=False):
                 yield from self._ended(run)
                 run = []
                 yield from self._single(event)
@@ -193,7 +202,7 @@ class Timeline:
             yield own
 
     def _single(self, visit: Visit) -> Iterator[Part]:
-        if self._places.stretchable(visit, alone=True) and _may_begin(visit):
+        if self._members.stretchable(visit, alone=True) and may_begin(visit):
             yield self._stretch(visit)
         else:
             yield from self._parts_of(visit)
@@ -201,7 +210,7 @@ class Timeline:
     def _ended(self, run: Sequence[Visit]) -> Iterator[Part]:
         """A run of calls as a stretch; what it cannot begin with stands before it."""
         run = list(run)
-        while run and not _may_begin(run[0]):
+        while run and not may_begin(run[0]):
             yield Part(order=_saved(run.pop(0)))
         if run:
             yield self._stretch(*run)
@@ -215,21 +224,27 @@ class Timeline:
         return Part(visits, order, begins)
 
     def _home(self, home: Visit) -> Iterator[Part]:
-        """A home: the calls of its branches are one part, what stands around them others."""
-        branch: set[int] = set()
+        """A home: what stands around its branches, and a part for each branch."""
+        branches: list[list[int]] = [[]]
+        owner: int | None = None
         for event in home.events:
             if isinstance(event, int):
-                branch.add(event)
-            elif self._places.holds_home(event):
+                branches[-1].append(event)
+            elif self._members.holds_home(event):
                 yield from self._parts_of(event)
-            elif self._places.of_branch(event):
-                branch.update(_saved(event))
+            elif self._members.of_branch(event):
+                found = self._owners.get(event.name)
+                if found is not None and owner is not None and found != owner:
+                    branches.append([])
+                owner = owner if found is None else found
+                branches[-1] += _saved(event)
             else:
                 yield from self._single(event)
-        need = math.ceil(self._bytes(branch) / self._residuals[home.name])
-        need += max((self.sizes.get(storage, 0) for storage in branch), default=0)
-        extra = 2 * self._streams.pop(home.name, 0)
-        yield Part(extra=extra, need=need, branch=frozenset(branch))
+        stream = self._streams.get(home.name, 0)
+        for branch in branches:
+            extra = 2 * stream if home.name in self._firsts else 0
+            self._firsts.discard(home.name)
+            yield Part((), branch, set(), extra, stream, rebuilt=True, result=stream)
 
 
 def _around(visits: Sequence[Visit], one: Visit) -> tuple[Sequence[Visit], Visit, Sequence[Visit]]:
@@ -245,84 +260,17 @@ def _saved(visit: Visit) -> list[int]:
     return found
 
 
-def _next_sizes(sizes: Sequence[int]) -> list[int]:
-    """For each the size behind it that is not zero; for the last its own."""
-    found, after = [], 0
+def _next_sizes(sizes: Sequence[int], last: int) -> list[int]:
+    """For each the size behind it that is not zero; for the last this, or its own."""
+    found, after = [], last
     for size in reversed(sizes):
         found.append(after or size)
         after = size or after
     return found[::-1]
 
 
-def _may_begin(visit: Visit) -> bool:
-    """Whether what a call is handed stays as it is: it is what a stretch begins with."""
-    return all(given.before == given.after == given.late for given in visit.given)
-
-
-def follows(before: Visit, visit: Visit) -> bool:
-    """Whether a call is handed the very result of the one before it."""
-    links = [(given.tensor, given.before) for given in visit.given]
-    others = [given for given in visit.given if (given.tensor, given.before) != before.result]
-    fixed = all(given.before == given.after == given.late for given in others)
-    return before.result in links and fixed
-
-
 def _stream_bytes(chain: Chain) -> int:
     return math.prod(chain.shape) * (8 if chain.precision == "float64" else 4)
-
-
-class _Places:
-    """Which calls lie outside of the chains, and can be in a stretch."""
-
-    def __init__(
-        self,
-        root: Visit,
-        chains: Sequence[Chain],
-        refuse: Callable[[str], bool],
-        is_free: Callable[[str], bool],
-    ) -> None:
-        residuals = [residual for chain in chains for residual in chain]
-        self._is_free = is_free
-        self._homes = {residual.home for residual in residuals}
-        inside = ((r.home, name) for r in residuals for name in (*r.branch, *r.inlined))
-        self._branches = {f"{home}.{name}".lstrip(".") for home, name in inside}
-        self._refuse = refuse
-        self._parents: dict[str, set[str]] = {}
-        self._times: dict[str, int] = {}
-        self._bad = self._unfit(root, "", in_branch=False)
-
-    def of_branch(self, visit: Visit) -> bool:
-        """Whether a home calls a module in a residual branch.
-
-        Of one without parameters the plan may not tell: in eval mode dropout is nothing.
-        """
-        return not self.outside(visit) or self._is_free(visit.name)
-
-    def holds_home(self, visit: Visit) -> bool:
-        """Whether there is a home inside a call."""
-        return any(inner.name in self._homes for inner in visit.inside())
-
-    def outside(self, visit: Visit) -> bool:
-        """Whether nothing of a chain is in a call, and none of its module is in a branch."""
-        prefix = f"{visit.name}." if visit.name else ""
-        apart = not any(f"{home}.".startswith(prefix) for home in self._homes)
-        return apart and not any(v.name in self._branches for v in visit.inside())
-
-    def stretchable(self, visit: Visit, *, alone: bool) -> bool:
-        """Whether a call can be a stretch's member, beside others or alone."""
-        if not (visit.simple and visit.given and self.outside(visit)):
-            return False
-        if visit.name in self._bad or len(self._parents[visit.name]) > 1:
-            return False
-        return alone or self._times[visit.name] == 1
-
-    def _unfit(self, visit: Visit, parent: str, *, in_branch: bool) -> set[str]:
-        """Names of the modules that cannot be members, whatever their calls look like."""
-        self._parents.setdefault(visit.name, set()).add(parent)
-        self._times[visit.name] = self._times.get(visit.name, 0) + 1
-        in_branch |= visit.name in self._branches
-        bad = {visit.name} if in_branch or self._refuse(visit.name) else set()
-        return bad.union(*(self._unfit(v, visit.name, in_branch=in_branch) for v in visit.visits))
 
 
 def stretches(parts: Sequence[Part]) -> Mapping[tuple[str, ...], list[Part]]:

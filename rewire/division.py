@@ -13,7 +13,7 @@ from rewire.errors import RewireError
 from rewire.inputs import as_example, example_for, mapped
 from rewire.isolation import isolated
 from rewire.plans import Parts
-from rewire.reversible import ReversibleSequential, kept_grids
+from rewire.reversible import ReversibleSequential, kept_grids, store_activations
 
 
 def parts(rev: nn.Module, example_inputs: Any = None) -> list[Parts]:
@@ -45,7 +45,8 @@ def parts(rev: nn.Module, example_inputs: Any = None) -> list[Parts]:
         )
     example = example_for(rev) if example_inputs is None else as_example(example_inputs)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with isolated(rev), kept_grids(rev), mode, torch.enable_grad():
+    # Stored, so that no tape asks for values.
+    with isolated(rev), kept_grids(rev), store_activations(rev), mode, torch.enable_grad():
         faked = mapped(example, mode.from_tensor)
         rev(*faked.args, **faked.kwargs)
     return [_row(branch.name, branch.cutting.last) for chain in chains for branch in chain.branches]

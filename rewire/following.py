@@ -503,6 +503,8 @@ class Following(TorchDispatchMode):
         else:
             labels = tuple(_uniform(call, r, s, self) for r, s in zip(made, shapes, strict=True))
         self._refuse_changes(func, call)
+        if torch.Tag.nondeterministic_seeded in func.tags and None in labels:
+            raise Mixed(f"{call.name} draws what all parts share")
         for tensor, label, shape in zip(made, labels, shapes, strict=True):
             self._compare(call, tensor, label, shape)
             if label is not None:
@@ -547,7 +549,8 @@ def _labels_of(found: Labels, result: Any) -> tuple[Label | None, ...]:
     """The labels of the tensors in a result."""
     if isinstance(result, Tensor):
         return (found,) if found is None or isinstance(found, Label) else found
-    pairs = zip(found or (), result, strict=True)
+    labels: Any = found or (None,) * len(result)
+    pairs = zip(labels, result, strict=True)
     return tuple(label for label, one in pairs if isinstance(one, Tensor))
 
 

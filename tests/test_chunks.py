@@ -14,7 +14,7 @@ from torchvision.models.video import swin3d_t
 
 import rewire
 from benchmarks.costs import step_bytes, zero_gradients
-from rewire import following, storage
+from rewire import following
 from rewire.plans import Parts
 from rewire.profiling import scalar_loss
 from rewire.reversible import ReversibleSequential, store_activations, whole_branches
@@ -149,12 +149,12 @@ def test_a_branch_is_cut_along_what_its_operations_keep_apart(
         (lambda x: x.cumsum(0), "cumsum"),
         (lambda x: x.flip(0), "flip"),
         (lambda x: x * x.shape[0], "counts"),
-        (lambda x: x[torch.arange(6)], "indices"),
+        (lambda x: x[torch.arange(6)], ""),
         (lambda x: torch.roll(x, 1, 0), "roll"),
         (lambda x: x / x.norm(), "reduces all"),
         (lambda x: torch.einsum("bnd,bnd->nd", x, x).expand(6, 12, 8) + x, ""),
         (lambda x: x + torch.arange(x.shape[0]).view(-1, 1, 1), "counts"),
-        (lambda x: torch.linalg.qr(x.flatten(1))[0].repeat(1, 12)[:, :96].view(6, 12, 8), ""),
+        (lambda x: torch.linalg.qr(x.flatten(1))[0].repeat(1, 16).view(6, 12, 8), ""),
         (lambda x: x.sort(0).values, "sort"),
         (lambda x: x.transpose(0, 1).reshape(6, 12, 8), ""),
         (lambda x: (x.flatten(1).T @ x.flatten(1) @ x.flatten(1).T).T.view(6, 12, 8), ""),
@@ -247,7 +247,7 @@ def test_a_part_is_recalled_in_any_order() -> None:
 
 
 def test_double_backward() -> None:
-    net = chain(Mlp(), Attention(), chunks=3).double()
+    net = chain(Mlp(), Mlp(), chunks=3).double()
     x = X.double().requires_grad_()
 
     def second() -> list[Tensor]:
@@ -341,7 +341,7 @@ def test_verify_looks_at_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def checks() -> dict[str, bool]:
         rev = rewire.make_reversible(Net(), X, chunks=3)
-        verdict = rewire.verify(rev, example_inputs=X)
+        verdict = rewire.verify(rev, X)
         return {check.name: check.passed for check in verdict.checks}
 
     right = checks()
@@ -362,7 +362,7 @@ def test_plans_and_files_keep_chunks(tmp_path: object) -> None:
     assert {row.count for row in rewire.parts(again, torch.zeros(8, 3, 224, 224))} == {4}
     path = tmp_path / "rev.pt"  # type: ignore[operator]
     rewire.save(rev, path)
-    loaded = storage.load(path, into=timm.create_model("vit_tiny_patch16_224", depth=2))
+    loaded = rewire.load(path)
     assert {row.count for row in rewire.parts(loaded, torch.zeros(8, 3, 224, 224))} == {4}
     assert {row.count for row in rewire.parts(rewire.make_reversible(model, plan=plan, chunks=1))} == {1}
 

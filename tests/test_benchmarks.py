@@ -17,7 +17,8 @@ from benchmarks.memory import Case, Setting, cases, measure, percentiles
 from benchmarks.recording import Row, largest_error
 from benchmarks.rivals import LIBRARIES, WAYS, Offloaded, Subject, blocks_of, make
 from benchmarks.workloads import Bottleneck, Stack
-from rewire.profiling import LiveBytes, scalar_loss
+from rewire.meters import LiveBytes
+from rewire.profiling import scalar_loss
 
 # What libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")

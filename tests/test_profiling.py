@@ -13,16 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-import rewire.profiling
+import rewire.meters
+from rewire.accounting import saved_inside
 from rewire.errors import RewireError
-from rewire.profiling import (
-    LiveBytes,
-    Profile,
-    floating_tensors,
-    profile,
-    saved_inside,
-    scalar_loss,
-)
+from rewire.meters import LiveBytes
+from rewire.profiling import Profile, floating_tensors, profile, scalar_loss
 
 KB = 1024
 ROW = 256  # floats in 1 KB
@@ -48,7 +43,7 @@ class Stack(nn.Module):
 
 
 def test_doctest() -> None:
-    assert doctest.testmod(rewire.profiling).failed == 0
+    assert doctest.testmod(rewire.meters).failed == 0
 
 
 def test_counts_new_storages_and_forgets_freed_ones() -> None:

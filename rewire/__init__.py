@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         RewireError,
         StreamMismatch,
     )
+    from rewire.estimation import estimate
     from rewire.integers import Coefficients
     from rewire.planning import plan
     from rewire.plans import Chain, Plan, Residual, Skipped
@@ -44,6 +45,7 @@ _HOMES = {
         "RewireError",
         "StreamMismatch",
     ),
+    "estimation": ("estimate",),
     "integers": ("Coefficients",),
     "planning": ("plan",),
     "plans": ("Chain", "Plan", "Residual", "Skipped"),
@@ -82,6 +84,7 @@ __all__ = [
     "StreamMismatch",
     "Verdict",
     "distance",
+    "estimate",
     "load",
     "make_reversible",
     "plan",

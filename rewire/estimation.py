@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +146,9 @@ class _Fakes:
 class _RealStaysReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operations on real tensors alone are run on them: on random states, constants of the code."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],
@@ -177,6 +181,9 @@ class _CudasOperations(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.backward and not any(kwargs.values()):
+            with self:  # it is off inside of what it lets through, reruns of branches too
+                return _backward(args[0])
         replaced = _AS_ON_CUDA.get(func)
         first = args[0] if args else kwargs.get("input", kwargs.get("query"))
         if replaced is None or not isinstance(first, FakeTensor):
@@ -184,10 +191,17 @@ class _CudasOperations(TorchFunctionMode):
         return replaced(*args, **kwargs)
 
 
+def _backward(loss: Tensor) -> None:
+    """What `loss.backward()` does, past all modes that would take it for an operation."""
+    first = (torch.ones_like(loss),)
+    engine = torch.autograd.graph._engine_run_backward
+    engine((loss,), first, False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Keeps a mask of one byte for each element; on the CPU it is as wide as they are."""
     if inplace or not training or p in (0.0, 1.0):
-        return F.dropout(input, p, training, inplace)
+        return _DROPOUT(input, p, training, inplace)
     result: Tensor = torch.native_dropout(input, p, True)[0]
     return result
 
@@ -205,9 +219,7 @@ def _attention(
     """Keeps its operands, its result and one number for each query, dropout or not."""
     if query.dim() != 4 or query.dtype == torch.float64 or enable_gqa:
         rest = attn_mask, dropout_p, is_causal
-        return F.scaled_dot_product_attention(
-            query, key, value, *rest, scale=scale, enable_gqa=enable_gqa
-        )
+        return _ATTENTION(query, key, value, *rest, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None:
         mask = attn_mask.to(query.dtype)  # of booleans it makes numbers
         attn_mask = mask.expand(*query.shape[:3], key.shape[2])
@@ -217,8 +229,19 @@ def _attention(
     return result
 
 
-_AS_ON_CUDA: dict[Any, Callable[..., Tensor]] = {
+def _heads(*args: Any, **kwargs: Any) -> Any:
+    """Calls dropout and attention where no mode sees it."""
+    with (
+        mock.patch.object(F, "dropout", _dropout),
+        mock.patch.object(F, "scaled_dot_product_attention", _attention),
+    ):
+        return F.multi_head_attention_forward(*args, **kwargs)
+
+
+_DROPOUT, _ATTENTION = F.dropout, F.scaled_dot_product_attention
+_AS_ON_CUDA: dict[Any, Callable[..., Any]] = {
     F.dropout: _dropout,
     torch.dropout: _dropout,
     F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _heads,
 }

@@ -146,5 +146,5 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
         if is_traceable_wrapper_subclass(value):
             names, _ = value.__tensor_flatten__()
             yield from _storages([getattr(value, name) for name in names])
-        elif value.layout == torch.strided:
+        elif value.layout == torch.strided and value.device.type != "meta":  # that has no memory
             yield value.untyped_storage()

@@ -49,7 +49,7 @@ class Profile:
         chain_bytes: The rest of the saved bytes: what the chains hold (streams, side inputs,
             corrections); in a model without chains what its own code keeps elsewhere.
         estimated: Whether it was estimated, on tensors without values.
-        trace: Bytes alive after each operation of the step; empty on CUDA.
+        trace: Bytes of tensors alive after each operation of the step.
     """
 
     peak_bytes: int
@@ -198,8 +198,16 @@ class TrainingStep:
             outside=held.outside,
             chain_bytes=held.other_bytes,
             estimated=not timed,
-            trace=tuple(meter.trace) if isinstance(meter, LiveBytes) else (),
+            trace=self._trace(meter),
         )
+
+    def _trace(self, meter: Meter) -> tuple[int, ...]:
+        """Bytes alive after each operation; an allocator has none, so the step runs again."""
+        if isinstance(meter, LiveBytes):
+            return tuple(meter.trace)
+        with LiveBytes() as live:
+            self.run()
+        return tuple(live.trace)
 
     def _seconds(self, device: torch.device) -> float:
         """Time of one step."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rewire.errors import RewireError
 
-_COLOURS = ("#8a8f98", "#0b6e4f", "#c0642b", "#4863a0", "#8b5a9f", "#b08d1e", "#3c9aa8", "#a23b4a")
+_OTHERS = ("#c0642b", "#4863a0", "#8b5a9f", "#b08d1e", "#3c9aa8", "#a23b4a", "#5f6f2e")
+_KNOWN = {"original": "#8a8f98", "plain": "#8a8f98", "rewired": "#0b6e4f", "rewire": "#0b6e4f"}
 _GIGA = 10**9
 
 
@@ -67,6 +69,7 @@ def plot_curves(
         places, sizes = zip(*sorted(points), strict=True)
         heights = [size / scale for size in sizes]
         axes.plot(places, heights, color=colour, linewidth=1.6, marker="o", label=name)
+    axes.set_xticks(sorted({place for points in curves.values() for place, _ in points}))
     axes.set_xlabel(over)
     _finish(figure, axes, unit, path)
 
@@ -90,8 +93,10 @@ def _finish(figure: Any, axes: Any, unit: str, path: Path) -> None:
         raise RewireError(f"{path}: cannot be written ({error}).") from error
 
 
-def _colours(things: Mapping[str, Any]) -> list[str]:
-    return [_COLOURS[number % len(_COLOURS)] for number in range(len(things))]
+def _colours(names: Iterable[str]) -> list[str]:
+    """Grey for what is as it was, green for what is rewired."""
+    others = itertools.cycle(_OTHERS)
+    return [_KNOWN.get(name) or next(others) for name in names]
 
 
 def _unit(sizes: Sequence[float]) -> tuple[int, str]:

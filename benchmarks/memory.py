@@ -4,10 +4,12 @@
     uv run python benchmarks/memory.py --model timm/vit_small_patch16_224 --batch 8,32
     uv run python benchmarks/memory.py --model torchvision/swin3d_t --batch 1 \\
         --frames 32,64,128 --device cuda --dtype bfloat16 --against checkpoint,offload --record
+    uv run python benchmarks/memory.py --workload vit --depths 6,12,24 --estimate --plot depth.png
 
 All ways (see `rivals.py`) run in one process on the same parameters and the same input, turn by
 turn, so that ratios compare like with like; gradients are allocated beforehand. A way that cannot
-be run is a row too, with the reason as its note. The libraries: `uv sync --group rivals`.
+be run is a row too, with the reason as its note. The libraries: `uv sync --group rivals`. With
+--estimate each peak stands beside its estimate, and alone where there is no such device.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -29,11 +32,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.costs import StepBytes, release, step, step_bytes, zero_gradients
+from benchmarks.pictures import draw
 from benchmarks.recording import MEBI, RECORDS, Row, keep_pages, record, show, step_seconds
 from benchmarks.rivals import REMARKS, WAYS, Subject, applicable, make
 from benchmarks.workloads import bottlenecks, timm_vit, vit
 from rewire.errors import RewireError
+from rewire.estimation import estimate
 from rewire.inputs import example_for
+from rewire.meters import LiveBytes
+from rewire.plotting import need_matplotlib
 from rewire.sources import open_model
 
 RECORD = RECORDS / "rivals.csv"
@@ -59,6 +66,7 @@ COLUMNS = {
     "time × plain": "{time_p50} ({time_p20}–{time_p80})",
     "note": "{note}",
 }
+ESTIMATED = "estimate MiB"
 
 
 # ---- what is measured --------------------------------------------------------------------
@@ -138,6 +146,32 @@ class Case:
 # ---- measuring ---------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all cases have in common.
+
+    Attributes:
+        device: Where they run.
+        dtype: Of autocast; float32 is without.
+        rounds: How often they are timed.
+        compilers: Whether compiled ways run.
+        estimate: Whether peaks are estimated too.
+        traces: Whether the bytes alive over a step are kept.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rounds: int
+    compilers: bool = False
+    estimate: bool = False
+    traces: bool = False
+
+    @property
+    def here(self) -> bool:
+        """Whether there is the device: else all that can be done is to estimate."""
+        return self.device.type != "cuda" or torch.cuda.is_available()
+
+
 @dataclass
 class Entry:
     """One way in the race.
@@ -146,6 +180,8 @@ class Entry:
         name: Of the way.
         model: What runs; None before it is made, and after it has failed.
         cost: Its bytes.
+        estimate: Its peak bytes as estimated, where that is asked for and can be done.
+        trace: Bytes alive after each operation of a step, where they are asked for.
         seconds: Of each round.
         note: A remark, or why it failed.
     """
@@ -153,26 +189,50 @@ class Entry:
     name: str
     model: nn.Module | None = None
     cost: StepBytes | None = None
+    estimate: int | None = None
+    trace: tuple[int, ...] = ()
     seconds: list[float] = field(default_factory=list)
     note: str = ""
 
-    def enter(self, subject: Subject) -> None:
-        """Make it, warm it up, and measure its bytes."""
+    def enter(self, subject: Subject, setting: Setting) -> None:
+        """Make it, estimate its bytes if asked, warm it up, and measure them."""
         try:
-            self.model, self.cost = self._ready(subject)
+            model = make(self.name, subject)
             self.note = REMARKS.get(self.name, "")
+            if setting.estimate:
+                self._guess(model, subject, setting.device)
+            if setting.here:
+                self.cost = self._measured(model, subject)
+                self.model = model
+            if setting.traces:
+                self.trace = self._traced(model, subject, setting)
         except Exception as error:  # any rival's code may run here
             self.note = reason(error, subject.x.device)
         release(subject.x.device)  # not while an error holds what its frames do
 
-    def _ready(self, subject: Subject) -> tuple[nn.Module, StepBytes]:
-        model = make(self.name, subject)
+    def _guess(self, model: nn.Module, subject: Subject, device: torch.device) -> None:
+        """The estimate; a way that has none (compiled, other libraries' backward) has a blank."""
+        with suppress(Exception):
+            self.estimate = estimate(model, subject.x, device=device, optimizer=None).peak_bytes
+
+    def _traced(self, model: nn.Module, subject: Subject, setting: Setting) -> tuple[int, ...]:
+        """Bytes alive after each operation of a step, which is estimated where there is no device.
+
+        Gradients are there.
+        """
+        if not setting.here:
+            return estimate(model, subject.x, device=setting.device, optimizer=None).trace
+        with LiveBytes() as meter:
+            step(model, subject.x)
+        return tuple(meter.trace)
+
+    def _measured(self, model: nn.Module, subject: Subject) -> StepBytes:
         for _ in range(WARM_UP):
             zero_gradients(subject.leaves)
             step(model, subject.x)
         release(subject.x.device)
         zero_gradients(subject.leaves)
-        return model, step_bytes(model, subject.x)
+        return step_bytes(model, subject.x)
 
     def turn(self, subject: Subject) -> None:
         """Time one step, where it still runs.
@@ -202,14 +262,14 @@ def reason(error: Exception, device: torch.device) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
-def race(subject: Subject, names: Sequence[str], rounds: int) -> list[Entry]:
+def race(subject: Subject, names: Sequence[str], setting: Setting) -> list[Entry]:
     """Measure ways: their bytes one after the other, then their times in turns."""
     entries = [Entry(name) for name in names]
     torch.compiler.reset()
     for entry in entries:
-        entry.enter(subject)
+        entry.enter(subject, setting)
         Console(stderr=True).print(f"  {entry.name} {entry.note}", highlight=False)
-    for number in range(rounds):
+    for number in range(setting.rounds):
         for entry in entries[:: 1 if number % 2 else -1]:
             entry.turn(subject)
     return entries
@@ -230,6 +290,7 @@ def rows_of(entries: Sequence[Entry], rounds: int) -> list[Row]:
         {
             "way": entry.name,
             "peak_mib": round(entry.cost.peak / MEBI, 2) if entry.cost else "",
+            "estimate_mib": round(entry.estimate / MEBI, 2) if entry.estimate else "",
             "left_bytes": entry.cost.left if entry.cost else "",
             "peak_ratio": _ratio(entry.cost, plain.cost),
             **_spread("ms", [1000 * seconds for seconds in entry.seconds]),
@@ -254,25 +315,16 @@ def _spread(name: str, values: Sequence[float]) -> Row:
 # ---- the program -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What all cases have in common: where and how often, and whether compiled ways run."""
-
-    device: torch.device
-    dtype: torch.dtype
-    rounds: int
-    compilers: bool = False
-
-
-def measure(case: Case, against: Sequence[str], setting: Setting) -> list[Row]:
-    """All rows of one case."""
-    release(setting.device)  # the case before
-    subject = case.subject(setting.device, setting.dtype)
+def measure(case: Case, against: Sequence[str], setting: Setting) -> tuple[list[Row], list[Entry]]:
+    """All rows of one case, and what they are made from."""
+    place = setting.device if setting.here else torch.device("cpu")
+    release(place)  # the case before
+    subject = case.subject(place, setting.dtype)
     names = against or applicable(subject, compilers=setting.compilers)
     names = [name for name in WAYS if name in {"plain", *names, "rewire"}]
     begin = case.row(subject)
-    rows = rows_of(race(subject, names, setting.rounds), setting.rounds)
-    return [{**begin, **row} for row in rows]
+    entries = race(subject, names, setting)
+    return [{**begin, **row} for row in rows_of(entries, setting.rounds)], entries
 
 
 def cases(models: Sequence[str], workload: str, depths: str, sizes: Sequence[str]) -> list[Case]:
@@ -309,6 +361,31 @@ def _known(text: str) -> list[str]:
     return names
 
 
+def _check(setting: Setting, save: bool) -> None:
+    """Say what cannot be done before the work."""
+    if not setting.here and (save or not setting.estimate):
+        raise typer.BadParameter("there is no GPU here: --estimate, without --record, needs none.")
+    if setting.traces:
+        try:
+            need_matplotlib()
+        except RewireError as error:
+            raise typer.BadParameter(str(error)) from error
+
+
+def columns_of(setting: Setting) -> dict[str, str]:
+    """The table's; the estimate stands beside the peak."""
+    if not setting.estimate:
+        return COLUMNS
+    place = list(COLUMNS).index("peak MiB") + 1
+    pairs = list(COLUMNS.items())
+    return dict([*pairs[:place], (ESTIMATED, "{estimate_mib}"), *pairs[place:]])
+
+
+def _recorded(row: Row) -> Row:
+    """What of a row is measured: the record is of that alone."""
+    return {name: value for name, value in row.items() if name != "estimate_mib"}
+
+
 def origin(device: torch.device) -> Row:
     """Where numbers come from, beside what `recording.environment` says."""
     git = ["git", "-C", str(RECORDS), "rev-parse", "--short", "HEAD"]
@@ -332,6 +409,12 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast")] = "float32",
     rounds: Annotated[int, typer.Option(help="Paired rounds for the times.")] = 5,
+    estimated: Annotated[
+        bool, typer.Option("--estimate", help="Estimate the peaks too; alone without the device.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw peaks over what is swept, or else one step.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     save: Annotated[bool, typer.Option("--record", help="Append to the record.")] = False,
     to: Annotated[Path, typer.Option(help="The record.", show_default=RECORD.name)] = RECORD,
@@ -340,19 +423,25 @@ def main(
     keep_pages()
     if dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype}: no dtype. There are {', '.join(DTYPES)}.")
-    setting = Setting(torch.device(device), DTYPES[dtype], rounds, compilers)
+    place, traces = torch.device(device), plot is not None
+    setting = Setting(place, DTYPES[dtype], rounds, compilers, estimated, traces)
     ways = _known(against)
+    _check(setting, save)
     rows: list[Row] = []
+    steps: dict[str, tuple[int, ...]] = {}
     for case in cases(model or [], workload, depths, (batch, frames, size)):
         Console(stderr=True).print(str(case), soft_wrap=True)
-        found = measure(case, ways, setting)
+        found, entries = measure(case, ways, setting)
         if save:  # each by itself: a run that is stopped keeps what it has
-            record(found, to, **origin(setting.device))
+            record([_recorded(row) for row in found], to, **origin(setting.device))
         rows += found
+        steps = {entry.name: entry.trace for entry in entries if entry.trace}
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
-        show(rows, COLUMNS)
+        show(rows, columns_of(setting))
+    if plot is not None:
+        draw(rows, steps, plot)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 import rewire
 from rewire.inputs import Example, mapped
 from rewire.isolation import training_mode
-from rewire.profiling import LiveBytes, floating_tensors
+from rewire.meters import LiveBytes
+from rewire.profiling import floating_tensors
 from rewire.recorder import watched_calls
 from rewire.reversible import kept_grids
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         RewireError,
         StreamMismatch,
     )
+    from rewire.estimation import estimate
     from rewire.integers import Coefficients
     from rewire.planning import plan
     from rewire.plans import Chain, Checkpointed, Parts, Plan, Residual, Skipped
@@ -45,6 +46,7 @@ _HOMES = {
         "RewireError",
         "StreamMismatch",
     ),
+    "estimation": ("estimate",),
     "integers": ("Coefficients",),
     "division": ("parts",),
     "planning": ("plan",),
@@ -86,6 +88,7 @@ __all__ = [
     "StreamMismatch",
     "Verdict",
     "distance",
+    "estimate",
     "load",
     "make_reversible",
     "parts",

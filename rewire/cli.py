@@ -17,6 +17,7 @@ import typer
 from rewire.errors import RewireError
 
 if TYPE_CHECKING:
+    from rewire.balance import Balance
     from rewire.conversion import Conversion, Request
     from rewire.demonstration import Demonstration
     from rewire.verification import Verdict
@@ -114,6 +115,7 @@ def _rewire() -> None:
       rewire inspect timm/vit_base_patch16_224
       rewire convert model.pt -o rev_model.pt
       rewire verify rev_model.pt
+      rewire profile timm/vit_small_patch16_224
     """
 
 
@@ -259,6 +261,65 @@ def verify(
 
 
 @app.command()
+def profile(
+    model: Model,
+    arch: Arch = None,
+    trust: Trust = None,
+    input_shape: Shape = None,
+    device: Annotated[
+        str, typer.Option(metavar="cpu|cuda", help="Where, or for where to estimate.")
+    ] = "cpu",
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Estimate, without the memory; as where it is not there."),
+    ] = False,
+    budget: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Say whether it fits, e.g. into 24GB.")
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(metavar="NAME", help="Of torch.optim, or none: its state is counted.")
+    ] = "Adam",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw memory over the step.")
+    ] = None,
+    coupling: Coupling = "re2",
+    precision: Precision = "exact",
+    granularity: Granularity = "module",
+    trunk: Trunk = "identity",
+    include: Include = None,
+    exclude: Exclude = None,
+    pretrained: Pretrained = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show where the memory of a training step goes, original and rewired.
+
+    \b
+    Examples:
+      rewire profile timm/vit_small_patch16_224 --input-shape 8,3,224,224
+      rewire profile torchvision/swin3d_b --input-shape 1,3,512,224,224 --device cuda --budget 24GB
+      rewire profile model.pt --estimate --plot step.png
+    """
+    how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
+    shape, limit = _checked(input_shape, {**how, "device": device}), _budget(budget)
+    if plot is not None:
+        _check_target(plot, model, "--plot")
+    options = (arch, trust, pretrained, include, exclude)
+    with _one_line_errors(debug):
+        if plot is not None:
+            from rewire.plotting import need_matplotlib
+
+            need_matplotlib()  # before the work
+        request = _request(options, how, shape)
+        from rewire.balance import balance
+
+        found = balance(model, request, device, optimizer, estimated=estimate)
+        _print_balance(found, limit, plot, as_json)
+        if not found.plan.chains:
+            raise RewireError(f"{model}: no chain to rewire; `rewire inspect {model}` says why.")
+
+
+@app.command()
 def demo(
     keep: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the files, in this directory.")
@@ -321,6 +382,7 @@ _CHOICES = {
     "granularity": ("module", "block"),
     "trunk": ("identity", "inside"),
     "outside": ("store", "checkpoint"),
+    "device": ("cpu", "cuda"),
 }
 
 
@@ -354,6 +416,18 @@ def _print_parts(model: Any, plan: Any, shape: tuple[int, ...] | None) -> None:
     typer.echo("branches in parts, on this input:")
     for line in parts_lines(parts(make_reversible(model, plan=plan), example)):
         typer.echo(f"  {line}")
+
+
+def _budget(text: str | None) -> int | None:
+    """The parsed --budget, in bytes."""
+    if text is None:
+        return None
+    from rewire.report import bytes_of
+
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--budget: {error}") from error
 
 
 def _request(
@@ -415,6 +489,22 @@ def _print_verdict(verdict: Verdict, title: str, as_json: bool) -> None:
     from rewire.report import console, verdict_table
 
     console().print(verdict_table(verdict.checks, title))
+
+
+def _print_balance(found: Balance, budget: int | None, plot: Path | None, as_json: bool) -> None:
+    """The table, or JSON; and the picture."""
+    if as_json:
+        _print_json({**found.to_dict(), "budget_bytes": budget})
+    else:
+        from rewire.report import balance_table, console
+
+        console().print(found.title, style="bold", markup=False)
+        console().print(balance_table(found.rows(), budget))
+    if plot is not None:
+        from rewire.plotting import plot_steps
+
+        plot_steps(found.traces(), plot, found.title)
+        typer.echo(f"wrote {plot}", err=True)
 
 
 def _print_demonstration(shown: Demonstration, keep: Path | None) -> None:

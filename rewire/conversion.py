@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rewire.plans import Plan
 from rewire.report import progress
 from rewire.sources import Source, open_model
 from rewire.storage import export_state_dict, save
+
+if TYPE_CHECKING:
+    from rewire.inputs import Example
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,14 @@ def opened(model: str, request: Request) -> Source:
         )
 
 
-def planned(source: Source, request: Request) -> Plan:
-    """The plan for an opened model."""
+def planned(source: Source, request: Request, example: Example | None = None) -> Plan:
+    """The plan for an opened model, by an example input or by one that is found."""
     from rewire.inputs import example_for
     from rewire.planning import plan
 
     with progress("Finding residual modules"):
-        example = None if request.shape is None else example_for(source.module, request.shape)
+        if example is None and request.shape is not None:
+            example = example_for(source.module, request.shape)
         return plan(
             source.module,
             example,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewire.cuts import Found
 from rewire.errors import RewireError
-from rewire.inputs import as_example, example_for, mapped
-from rewire.isolation import isolated
+from rewire.estimation import on_fakes
+from rewire.inputs import as_example, example_for
 from rewire.plans import Parts
-from rewire.reversible import ReversibleSequential, kept_grids, store_activations
+from rewire.reversible import ReversibleSequential, store_activations
 
 
 def parts(rev: nn.Module, example_inputs: Any = None) -> list[Parts]:
@@ -37,19 +37,23 @@ def parts(rev: nn.Module, example_inputs: Any = None) -> list[Parts]:
         blocks.0.attn: 4 along dimension 0 (11.0 MB whole)
         blocks.0.mlp: 4 along dimension 0 (14.5 MB whole)
     """
-    chains = [m for m in rev.modules() if isinstance(m, ReversibleSequential)]
-    chains += [c for m in rev.modules() for c in m.__dict__.get("_chains", ())]
-    if not chains:
+    if not any(_chains(rev)):
         raise RewireError(
             f"{type(rev).__qualname__} is not rewired. Pass what `rewire.make_reversible` gave."
         )
     example = example_for(rev) if example_inputs is None else as_example(example_inputs)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # Stored, so that no tape asks for values.
-    with isolated(rev), kept_grids(rev), store_activations(rev), mode, torch.enable_grad():
-        faked = mapped(example, mode.from_tensor)
-        rev(*faked.args, **faked.kwargs)
-    return [_row(branch.name, branch.cutting.last) for chain in chains for branch in chain.branches]
+    with on_fakes(rev, example.args, example.kwargs) as (twin, args, kwargs):
+        with store_activations(twin), torch.enable_grad():  # a tape would ask for values
+            twin(*args, **kwargs)
+        branches = [branch for chain in _chains(twin) for branch in chain.branches]
+    return [_row(branch.name, branch.cutting.last) for branch in branches]
+
+
+def _chains(model: nn.Module) -> Iterator[ReversibleSequential]:
+    for module in model.modules():
+        for chain in (module, *module.__dict__.get("_chains", ())):
+            if isinstance(chain, ReversibleSequential):
+                yield chain
 
 
 def _row(name: str, found: Found | None) -> Parts:

@@ -8,11 +8,13 @@ bits but for some divisions, so that one chain keeps to one of them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rewire import integers
@@ -28,6 +30,7 @@ except Exception:  # no Triton for this system, or a broken one
     launching = None  # type: ignore[assignment]
 
 DEVICES = {"cuda"}
+_assumed = [False]  # last: whether fake tensors, which have no values, are taken too
 
 
 # ---- where kernels are used --------------------------------------------------------------
@@ -41,16 +44,28 @@ def takes(stream: Tensor, k: Sequence[Any] = ()) -> bool:
         k: a, b, c.
     """
     return (
-        stream.device.type in DEVICES
+        (stream.device.type in DEVICES or _assumed[-1])
         and stream.dtype in (torch.float32, torch.float64)
         and not any(isinstance(weight, Tensor) for weight in k)
         and _is_plain(stream)
-        and _works(stream.device)
+        and (_assumed[-1] or _works(stream.device))
     )
+
+
+@contextmanager
+def kernels_on_fakes() -> Iterator[None]:
+    """Have the operators stand in on fake tensors of any device: they tell what would be made."""
+    _assumed.append(True)
+    try:
+        yield
+    finally:
+        _assumed.pop()
 
 
 def _is_plain(t: Tensor) -> bool:
     """Whether a tensor is memory that a kernel can go through: not sharded, not fake."""
+    if _assumed[-1]:
+        return isinstance(t, FakeTensor)
     return type(t) in (Tensor, torch.nn.Parameter)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rewire.attributes import Attributes, Place
 from rewire.errors import NotRepeatable
@@ -126,14 +127,16 @@ class Holdings:
         if before is None:
             return []
         kept = list(zip(before.places, before.values, strict=True))
-        first = before.flags not in self._learnt
+        # Fake tensors have no values; that a version counter moves is all they tell.
+        fake = any(isinstance(value, FakeTensor) for value in before.values)
+        first = before.flags not in self._learnt and not fake
         new: set[Place] = set()
         if first:
             busy = {m for (m, n), old in kept if not _same(m._buffers[n], old)}
         else:
             now = zip(self._buffers, before.versions, strict=True)
             new = {(m, n) for (m, n), old in now if version(m._buffers[n]) != old}
-            busy = {m for m, _ in (*new, *self._learnt[before.flags])}
+            busy = {m for m, _ in (*new, *self._learnt.get(before.flags, ()))}
         self._learnt[before.flags] = {(m, n) for m, n in self._buffers if m in busy}
         self._refuse(new.difference(before.places))
         return [(m, n, old) for (m, n), old in kept if m in busy or not first]

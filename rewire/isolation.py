@@ -17,7 +17,6 @@ import numpy
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -161,11 +160,10 @@ def _write_back(tensor: Tensor, value: Tensor, version: int) -> None:
 
 def _same_values(tensor: Tensor, value: Tensor) -> bool:
     """Whether two tensors are the same, NaN included (statistics change and their version not)."""
-    if not _is_dense(tensor) or isinstance(tensor, FakeTensor):
+    if not _is_dense(tensor):
         return True
-    with unset_fake_temporarily():  # somebody may run the model on fake tensors
-        same = torch.eq(tensor, value)
-        return bool(same.all()) or bool((same | (tensor.isnan() & value.isnan())).all())
+    same = torch.eq(tensor, value)
+    return bool(same.all()) or bool((same | (tensor.isnan() & value.isnan())).all())
 
 
 def _clear_if_used(cache: functools._lru_cache_wrapper[Any], misses: int) -> None:

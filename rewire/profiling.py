@@ -1,47 +1,55 @@
-"""What one training step costs: peak bytes of live tensors, and time.
+"""What one training step costs: peak bytes of live tensors, time, and where the bytes are.
 
-On the CPU the bytes are counted exactly, storage by storage, as torch's operations make
-them and Python and autograd let them go. What a kernel allocates for itself and frees
-before it returns is not seen. On CUDA the allocator's own statistics are used.
+On the CPU the bytes are those of live tensors; on CUDA the allocator's own statistics are used.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from rewire.accounting import Optimizer, Standing, kept_by_module, standing
 from rewire.errors import RewireError
 from rewire.isolation import isolated
+from rewire.meters import LiveBytes, Meter, meter_for
 from rewire.tape import watch_corrections
-
-# This one wraps storage made outside of torch's operations (a constant) into a tensor.
-_LIFT = torch.ops.aten.lift_fresh.default
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What one training step, forward and backward, of a model costs.
+    """What one training step, forward and backward, of a model costs, and where memory goes.
 
-    Parameters, their gradients, buffers and inputs are not counted.
+    Peak, saved and left bytes are those of the step: parameters, their gradients, buffers and
+    inputs are there before it and do not count.
 
     Attributes:
         peak_bytes: Most bytes of tensors alive at once.
         saved_bytes: Bytes alive between forward and backward, outputs included.
         left_bytes: Bytes alive after the step, outputs dropped, no garbage collected.
-        step_seconds: Time of one step, measured without the meter.
-        device: Where it was measured.
+        step_seconds: Time of one step, measured without the meter; NaN in an estimate.
+        device: Where it was measured, or what it was estimated for.
         correction_bytes: Of the saved bytes, what makes the inverses of the chains exact.
         correction_bits: The same in bits per element of the stream and residual module.
+        parameter_bytes: All parameters.
+        buffer_bytes: All buffers.
+        gradient_bytes: Gradients of the parameters and inputs that require one.
+        optimizer_bytes: The optimizer's state.
+        input_bytes: What the model is called with.
+        output_bytes: Of the saved bytes, what the model returns.
+        outside: Of the saved bytes, what ordinary autograd keeps, by module, the most first.
+        chain_bytes: The rest of the saved bytes: what the chains hold (streams, side inputs,
+            corrections); in a model without chains what its own code keeps elsewhere.
+        estimated: Whether it was estimated, on tensors without values.
+        trace: Bytes of tensors alive after each operation of the step.
     """
 
     peak_bytes: int
@@ -51,6 +59,30 @@ class Profile:
     device: str
     correction_bytes: int = 0
     correction_bits: float = 0.0
+    parameter_bytes: int = 0
+    buffer_bytes: int = 0
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
+    input_bytes: int = 0
+    output_bytes: int = 0
+    outside: tuple[tuple[str, int], ...] = ()
+    chain_bytes: int = 0
+    estimated: bool = False
+    trace: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def standing_bytes(self) -> int:
+        """What is there all the time: parameters, buffers, gradients, optimizer state, inputs."""
+        model = self.parameter_bytes + self.buffer_bytes + self.input_bytes
+        return model + self.gradient_bytes + self.optimizer_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """What training takes: all that stands, and the peak of a step.
+
+        Of a GPU's memory, what the driver and the libraries take (about 0.5 GB) comes on top.
+        """
+        return self.standing_bytes + self.peak_bytes
 
     def __str__(self) -> str:
         megabytes = [n / 1e6 for n in (self.peak_bytes, self.saved_bytes, self.left_bytes)]
@@ -58,100 +90,21 @@ class Profile:
         bits = f"{self.correction_bits:.2f} bits of correction per element and module"
         return (
             f"peak {peak}, {saved} saved for backward, {left} left, "
-            f"{self.step_seconds:.3f} s a step ({self.device})"
+            + ("estimated" if self.estimated else f"{self.step_seconds:.3f} s a step")
+            + f" ({self.device})"
             + (f", {bits}" if self.correction_bytes else "")
         )
 
-
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that are made inside it and are still alive.
-
-    Views do not count twice, and what was there before does not count. A storage counts
-    from the operation that made it until it is freed, also when that is after the exit.
-
-    Example:
-        >>> with LiveBytes() as meter:
-        ...     x = torch.ones(1000)
-        ...     y = (x + 1).view(10, 100)
-        >>> meter.live, meter.peak
-        (8000, 8000)
-        >>> del y
-        >>> meter.live
-        4000
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self.peak = 0
-        # By address of the storage, which is its own as long as it lives. None: not ours.
-        self._sizes: dict[int, int | None] = {}
-        self._watchers: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def reset_peak(self) -> None:
-        """Forget the peak: start again from what is alive now."""
-        self.peak = self.live
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run an operation and note the storages that it made or resized."""
-        given = list(_storages((args, kwargs)))
-        for storage in given:
-            self._note(storage, made=func is _LIFT)
-        out = func(*args, **(kwargs or {}))
-        for storage in (*given, *_storages(out)):
-            self._note(storage, made=True)
-        return out
-
-    def _note(self, storage: torch.UntypedStorage, *, made: bool) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._watchers[key] = weakref.ref(storage, lambda _: self._freed(key))
-            self._sizes[key] = 0 if made else None
-        size = self._sizes[key]
-        if size is not None and size != storage.nbytes():
-            self._sizes[key] = storage.nbytes()
-            self._count(storage.nbytes() - size)
-
-    def _freed(self, key: int) -> None:
-        del self._watchers[key]
-        self._count(-(self._sizes.pop(key) or 0))
-
-    def _count(self, change: int) -> None:
-        self.live += change
-        self.peak = max(self.peak, self.live)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; without the trace."""
+        row = {name: value for name, value in vars(self).items() if name != "trace"}
+        row["step_seconds"] = None if math.isnan(self.step_seconds) else self.step_seconds
+        return {**row, "outside": dict(self.outside), "total_bytes": self.total_bytes}
 
 
-class _AllocatedBytes:
-    """The same on CUDA, by the allocator's statistics."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __enter__(self) -> Self:
-        torch.cuda.synchronize(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._start = torch.cuda.memory_allocated(self._device)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        torch.cuda.synchronize(self._device)
-
-    @property
-    def live(self) -> int:
-        return torch.cuda.memory_allocated(self._device) - self._start
-
-    @property
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self._device) - self._start
-
-
-def profile(model: nn.Module, *inputs: Any, **kwargs: Any) -> Profile:
+def profile(
+    model: nn.Module, *inputs: Any, optimizer: Optimizer | None = torch.optim.Adam, **kwargs: Any
+) -> Profile:
     """Measure one training step of a model: forward, a scalar loss, backward.
 
     The loss is the sum of the means of squares of all floating-point outputs. The model
@@ -161,38 +114,121 @@ def profile(model: nn.Module, *inputs: Any, **kwargs: Any) -> Profile:
     Args:
         model: Any module.
         *inputs: What to call it with; found by `example_for` where nothing is given.
+        optimizer: Whose state is counted: a class of `torch.optim`, or a function that makes an
+            optimizer of a list of parameters; None counts none. It makes no step.
         **kwargs: Keyword arguments of the call.
 
     Raises:
         RewireError: No output depends on anything that requires a gradient.
     """
-    if not inputs and not kwargs:
-        from rewire.inputs import example_for
+    inputs, kwargs = given_or_found(model, inputs, kwargs)
+    step = TrainingStep(model, inputs, kwargs)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    there = standing(model, step.tensors, optimizer)
+    with isolated(model), step.zero_gradients():
+        return step.profiled(there, device, meter_for(device), timed=True)
 
-        example = example_for(model)
-        inputs, kwargs = example.args, example.kwargs
 
-    def step(meter: LiveBytes | _AllocatedBytes | None = None) -> int:
-        loss = scalar_loss(model(*inputs, **kwargs))
+def given_or_found(
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What to call a model with; an example where nothing is given."""
+    if inputs or kwargs:
+        return inputs, kwargs
+    from rewire.inputs import example_for
+
+    example = example_for(model)
+    return example.args, example.kwargs
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A model, and what it is called with."""
+
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the inputs."""
+        return [t for t in tree_leaves((self.inputs, self.kwargs)) if isinstance(t, Tensor)]
+
+    def forward(self) -> tuple[Any, Tensor]:
+        """The output, and its loss."""
+        output = self.model(*self.inputs, **self.kwargs)
+        return output, scalar_loss(output)
+
+    def run(self, meter: Meter | None = None) -> int:
+        """Forward and backward; the bytes alive between them."""
+        loss = scalar_loss(self.model(*self.inputs, **self.kwargs))
         saved = meter.live if meter else 0
         loss.backward()  # type: ignore[no-untyped-call]
         return saved
 
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with isolated(model), _zero_gradients(model, (inputs, kwargs)):
+    def profiled(
+        self, there: Standing, device: torch.device, meter: Meter, *, timed: bool
+    ) -> Profile:
+        """Run the step until all is known of it.
+
+        Args:
+            there: What stands while it runs.
+            device: Which the profile is of.
+            meter: Of the peak.
+            timed: Whether the time of it means anything.
+        """
         with watch_corrections() as kept:
-            step()  # what is made once (tables, workspaces) is no cost of a step
+            self.run()  # what is made once (tables, workspaces) is no cost of a step
+        seconds = self._seconds(device) if timed else math.nan
+        with no_collection(), meter:
+            saved = self.run(meter)
+            left, peak = meter.live, meter.peak
+        held = kept_by_module(self.model, self.forward)
+        corrections = sum(row.nbytes for row in kept)
+        return Profile(
+            peak,
+            saved,
+            left,
+            seconds,
+            str(device),
+            corrections,
+            8 * corrections / max(1, sum(row.elements for row in kept)),
+            *there,
+            output_bytes=held.output_bytes,
+            outside=held.outside,
+            chain_bytes=held.other_bytes,
+            estimated=not timed,
+            trace=self._trace(meter),
+        )
+
+    def _trace(self, meter: Meter) -> tuple[int, ...]:
+        """Bytes alive after each operation; an allocator has none, so the step runs again."""
+        if isinstance(meter, LiveBytes):
+            return tuple(meter.trace)
+        with LiveBytes() as live:
+            self.run()
+        return tuple(live.trace)
+
+    def _seconds(self, device: torch.device) -> float:
+        """Time of one step."""
         _wait(device)
         start = time.perf_counter()
-        step()
+        self.run()
         _wait(device)
-        seconds = time.perf_counter() - start
-        with no_collection(), _meter(device) as meter:
-            saved = step(meter)
-            left, peak = meter.live, meter.peak
-    corrections = sum(row.nbytes for row in kept)
-    bits = 8 * corrections / max(1, sum(row.elements for row in kept))
-    return Profile(peak, saved, left, seconds, str(device), corrections, bits)
+        return time.perf_counter() - start
+
+    @contextmanager
+    def zero_gradients(self) -> Iterator[None]:
+        """Preallocate gradients, so that they do not count; the caller's come back after."""
+        leaves = [t for t in (*self.model.parameters(), *self.tensors) if t.requires_grad]
+        kept = [(leaf, leaf.grad) for leaf in leaves if leaf.is_leaf]
+        try:
+            for leaf, _ in kept:
+                leaf.grad = torch.zeros_like(leaf)
+            yield
+        finally:
+            for leaf, grad in kept:
+                leaf.grad = grad
 
 
 def scalar_loss(output: Any) -> Tensor:
@@ -236,30 +272,6 @@ def floating_tensors(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def saved_inside(running: Sequence[str]) -> Iterator[dict[str, int]]:
-    """Count the bytes that autograd keeps for backward while something runs.
-
-    What saved-tensor hooks inside it take (a reversible chain's, checkpoint's) does not
-    count: autograd hands a tensor to the innermost hooks only.
-
-    Args:
-        running: Names of what runs just now, the innermost last; nothing: not counted.
-
-    Yields:
-        Bytes by name, filled while forward runs; nothing kept, no entry.
-    """
-    kept: dict[str, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if running:
-            kept[running[-1]] = kept.get(running[-1], 0) + tensor.nbytes
-        return tensor.detach()  # a result that its own operation saves would hold itself alive
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield kept
-
-
-@contextmanager
 def no_collection() -> Iterator[None]:
     """Collect garbage once, then keep the collector off: what stays alive is held."""
     enabled = gc.isenabled()
@@ -270,37 +282,6 @@ def no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-@contextmanager
-def _zero_gradients(model: nn.Module, inputs: Any) -> Iterator[None]:
-    """Preallocate gradients, so that they do not count; the caller's come back after."""
-    given = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
-    leaves = [t for t in (*model.parameters(), *given) if t.requires_grad and t.is_leaf]
-    kept = [(leaf, leaf.grad) for leaf in leaves]
-    try:
-        for leaf in leaves:
-            leaf.grad = torch.zeros_like(leaf)
-        yield
-    finally:
-        for leaf, grad in kept:
-            leaf.grad = grad
-
-
-def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    """Storages of all tensors in arguments or results, inside wrapper subclasses too."""
-    for value in tree_leaves(values):
-        if not isinstance(value, Tensor):
-            continue
-        if is_traceable_wrapper_subclass(value):
-            names, _ = value.__tensor_flatten__()
-            yield from _storages([getattr(value, name) for name in names])
-        elif value.layout == torch.strided:
-            yield value.untyped_storage()
-
-
-def _meter(device: torch.device) -> LiveBytes | _AllocatedBytes:
-    return _AllocatedBytes(device) if device.type == "cuda" else LiveBytes()
 
 
 def _wait(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Protocol
@@ -15,6 +16,7 @@ from rewire.plans import Chain, Checkpointed, Parts, Plan, Residual, Skipped
 
 _WIDTH = 100
 _SHOWN = 3
+TOTAL = "all together"
 _TRUNKS = {
     "identity": "",
     "view": "a view on the trunk",
@@ -120,6 +122,68 @@ def verdict_table(checks: Iterable[CheckRow], title: str) -> Table:
     return table
 
 
+class BalanceRow(Protocol):
+    """What a row of a balance's table needs; `balance.Row` has it."""
+
+    @property
+    def group(self) -> str:
+        """Under which heading it stands."""
+
+    @property
+    def name(self) -> str:
+        """What it is."""
+
+    @property
+    def original(self) -> float | None:
+        """Bytes or seconds; None: it does not apply."""
+
+    @property
+    def rewired(self) -> float | None:
+        """The same."""
+
+
+_GROUPS = {
+    "standing": "there all the time",
+    "together": "at the peak",
+    "saved": "saved for backward",
+    "time": "time",
+}
+
+
+def balance_table(rows: Iterable[BalanceRow], budget: int | None = None) -> Table:
+    """Where memory goes, original and rewired side by side, and whether both fit a budget."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", overflow="fold")
+    table.add_column("original", justify="right", no_wrap=True)
+    table.add_column("rewired", justify="right", no_wrap=True)
+    group = ""
+    for row in rows:
+        if row.group != group:
+            table.add_row(Text(_GROUPS[row.group], style="dim"))
+        group = row.group
+        amounts = [_amount(value, row.group) for value in (row.original, row.rewired)]
+        table.add_row(Text(f"  {row.name}"), *amounts, style="bold" if row.name == TOTAL else "")
+        if budget is not None and row.name == TOTAL:
+            fits = [_fits(value, budget) for value in (row.original, row.rewired)]
+            table.add_row(f"  of {human_bytes(budget)}", *fits)
+    return table
+
+
+def _amount(value: float | None, group: str) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f} s" if group == "time" else human_bytes(value)
+
+
+def _fits(value: float | None, budget: int) -> Text:
+    """Whether bytes fit, and how many are left or missing."""
+    if value is None:
+        return Text("–")
+    if value <= budget:
+        return Text(f"fits, {human_bytes(budget - value)} left", style="green")
+    return Text(f"{human_bytes(value - budget)} missing", style="bold red")
+
+
 def human_bytes(count: float) -> str:
     """Bytes in words, e.g. `41.5 MB` (powers of 1000, as in the README's tables).
 
@@ -133,6 +197,26 @@ def human_bytes(count: float) -> str:
         if count < 999.95:
             return f"{count:.1f} {unit}"
     return f"{count / 1000:.1f} GB"
+
+
+_UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_of(text: str) -> int:
+    """Bytes from words: 24GB, 16GiB, 800 MB.
+
+    Raises:
+        ValueError: They are no such words.
+
+    Example:
+        >>> bytes_of("24GB"), bytes_of("1.5 GiB")
+        (24000000000, 1610612736)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None:
+        raise ValueError(f"{text!r} is no amount of memory such as 24GB or 16GiB.")
+    return int(float(found[1]) * unit)
 
 
 def _counted(count: int, noun: str, plural: str = "") -> str:

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from rewire import rewriting
+from rewire.accounting import saved_inside
 from rewire.drift import Reconstruction, watch_reconstruction
 from rewire.errors import RewireError
 from rewire.holdings import Holdings
 from rewire.inputs import Example, example_for, mapped, one_more
 from rewire.isolation import isolated, training_mode
-from rewire.profiling import floating_tensors, profile, saved_inside
+from rewire.profiling import floating_tensors, profile
 from rewire.replay import RngStates, all_rng_states, replayed_generators, same_rng_states
 from rewire.reversible import (
     courses,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import rewire
 from benchmarks.outcomes import AsOriginal
-from rewire.profiling import LiveBytes, no_collection
+from rewire.meters import LiveBytes
+from rewire.profiling import no_collection
 from tests.specimens import DIM, mlp, rows
 
 Body = Callable[["Block", Tensor], Tensor]

@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from benchmarks import memory, rivals
+from benchmarks import memory, pictures, rivals
 from benchmarks.costs import step_bytes, zero_gradients
 from benchmarks.memory import Case, Setting, cases, measure, percentiles
 from benchmarks.recording import Row, largest_error
 from benchmarks.rivals import LIBRARIES, WAYS, Offloaded, Subject, blocks_of, make
 from benchmarks.workloads import Bottleneck, Stack
-from rewire.profiling import LiveBytes, scalar_loss
+from rewire.meters import LiveBytes
+from rewire.profiling import scalar_loss
 
 # What libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -44,7 +46,7 @@ def gradients_by(name: str, given: Subject) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return measure(Case("vit", depth=2, batch=1), QUICK, CPU)
+    return measure(Case("vit", depth=2, batch=1), QUICK, CPU)[0]
 
 
 def test_every_way_runs_or_says_why_not(rows: list[Row]) -> None:
@@ -117,7 +119,7 @@ def test_where_plain_fails_there_are_no_ratios(monkeypatch: pytest.MonkeyPatch) 
 def rows_of_small(names: list[str]) -> list[Row]:
     given = subject()
     asked = [name for name in WAYS if name in {"plain", *names, "rewire"}]
-    return memory.rows_of(memory.race(given, asked, rounds=1), 1)
+    return memory.rows_of(memory.race(given, asked, CPU), 1)
 
 
 def test_ways_that_do_not_apply_say_so() -> None:
@@ -180,6 +182,59 @@ def test_the_program_records_each_case(app: object, tmp_path: Path) -> None:
     assert [float(row["peak_mib"]) for row in kept] == [row["peak_mib"] for row in printed]
     assert kept[0]["device"].startswith("CPU")
     assert {"torch", "commit", "date", "note", "time_p80"} <= set(kept[0])
+
+
+def test_estimates_stand_beside_the_peaks(app: object) -> None:
+    asked = "--workload bottlenecks --depths 2 --batch 1 --rounds 0 --against checkpoint --estimate"
+    result = CliRunner().invoke(app, [*asked.split(), "--json"])  # type: ignore[arg-type]
+    assert result.exit_code == 0, result.output
+    for row in json.loads(result.stdout):
+        assert row["estimate_mib"] == pytest.approx(row["peak_mib"], rel=0.05)
+    assert memory.ESTIMATED in CliRunner().invoke(app, asked.split()).stdout  # type: ignore[arg-type]
+
+
+def test_without_the_device_there_are_estimates_alone(
+    app: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = "--workload bottlenecks --depths 2 --batch 1 --device cuda --against checkpoint --json"
+    result = CliRunner().invoke(app, [*asked.split(), "--estimate"])  # type: ignore[arg-type]
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert all(row["estimate_mib"] > 0 and row["peak_mib"] == row["ms_p50"] == "" for row in rows)
+    result = CliRunner().invoke(app, asked.split())  # type: ignore[arg-type]
+    assert result.exit_code == 2
+    assert "--estimate" in result.output
+
+
+def row(way: str, depth: Any = "", input_: str = "2x3x8x8", peak: Any = 1.0) -> Row:
+    sizes = {"depth": depth, "frames": "", "batch": 2, "input": input_}
+    return {"what": "net", "way": way, "peak_mib": peak, "estimate_mib": 3.0, **sizes}
+
+
+def test_pictures_show_what_was_swept() -> None:
+    rows = [row("plain", 2), row("rewire", 2), row("plain", 4, peak=2.0), row("rewire", 4, peak="")]
+    assert pictures.swept(rows) == "depth"
+    assert pictures.curves(rows, "depth") == {
+        "plain": [(2, 2**20), (4, 2**21)],
+        "rewire": [(2, 2**20), (4, 3 * 2**20)],
+    }
+    sizes = [row("plain"), row("plain", input_="2x3x16x16")]
+    assert pictures.swept(sizes) == "size"
+    assert pictures.curves(sizes, "size") == {"plain": [(8, 2**20), (16, 2**20)]}
+    assert pictures.swept([row("plain"), row("rewire")]) is None
+
+
+def test_the_program_draws(app: object, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    asked = "--workload bottlenecks --batch 1 --rounds 0 --against checkpoint --plot"
+    for depths in ("2", "2,3"):
+        file = tmp_path / f"{depths}.svg"
+        call = [*asked.split(), str(file), "--depths", depths]
+        result = CliRunner().invoke(app, call)  # type: ignore[arg-type]
+        assert result.exit_code == 0, result.output
+        words = "blocks" if "," in depths else "end of backward"
+        assert words.replace(" ", "") in file.read_text().replace(" ", "")
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,8 @@ def test_verify_looks_at_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         return {check.name: check.passed for check in verdict.checks}
 
     right = checks()
-    assert right["parts as the whole (eval)"] and right["parts as the whole (train)"]
+    assert right["parts as the whole (eval)"]
+    assert right["parts as the whole (train)"]
     monkeypatch.setitem(following._RULES, "mean", lambda call: None)
     monkeypatch.setattr(following.Following, "_compare", lambda *_: None)
     monkeypatch.setitem(following._RULES, "sub", lambda call: call.labels(call.given["self"]))
@@ -364,7 +365,9 @@ def test_plans_and_files_keep_chunks(tmp_path: object) -> None:
     rewire.save(rev, path)
     loaded = rewire.load(path)
     assert {row.count for row in rewire.parts(loaded, torch.zeros(8, 3, 224, 224))} == {4}
-    assert {row.count for row in rewire.parts(rewire.make_reversible(model, plan=plan, chunks=1))} == {1}
+    assert {
+        row.count for row in rewire.parts(rewire.make_reversible(model, plan=plan, chunks=1))
+    } == {1}
 
 
 def test_chunks_that_are_none_are_refused() -> None:

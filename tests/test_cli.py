@@ -26,7 +26,7 @@ from rewire.verification import Check, Verdict
 from tests.broken_files import BROKEN
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ("", "inspect", "convert", "verify", "demo")
+COMMANDS = ("", "inspect", "convert", "verify", "profile", "demo")
 MODEL = "timm/test_vit"
 SMALL = "timm/test_vit?img_size=32&depth=2"
 

@@ -20,6 +20,7 @@ import rewire
 from benchmarks.memory import MEBI, WORKLOADS
 from rewire import fused, integers
 from rewire.coupling import slack_of, width_of
+from rewire.estimation import estimate
 from rewire.grid import OnGrid
 from rewire.integers import Coefficients
 from rewire.profiling import profile
@@ -197,6 +198,29 @@ def test_memory_is_flat_and_nothing_is_left(workload: str) -> None:
         assert found.left_bytes == 0
         peaks.append(found.peak_bytes / MEBI)
     assert peaks[1] - peaks[0] <= 0.1
+
+
+def large(name: str) -> tuple[nn.Module, Tensor]:
+    """A model of the tests, and enough samples that activations are what counts."""
+    build, example = MODELS[name]
+    x = example()
+    return build().cuda().train(), torch.cat([x] * 4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_three_meters_agree(name: str) -> None:
+    """The allocator, live tensors on the GPU, and the estimate that uses none.
+
+    Workspaces of cuDNN are the allocator's alone: the models are large enough that these are small.
+    """
+    torch.manual_seed(0)
+    model, x = large(name)
+    for one in (model, rewire.make_reversible(model, x)):
+        guess = estimate(one, x, device="cuda").peak_bytes
+        allocated = profile(one, x)
+        assert guess == pytest.approx(allocated.peak_bytes, rel=0.05)
+        assert max(allocated.trace) == pytest.approx(allocated.peak_bytes, rel=0.05)
+        assert 0 < allocated.step_seconds < 60
 
 
 # ---- waiting -----------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import rewire
-from rewire.profiling import LiveBytes, no_collection, profile
+from rewire.meters import LiveBytes
+from rewire.profiling import no_collection, profile
 from rewire.reversible import ReversibleSequential
 from tests.exactness import courses, some, spread
 from tests.networks import COUPLINGS, MODES, WIDTH, Stack, convolutions, perceptron, residual_net

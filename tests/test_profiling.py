@@ -13,16 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-import rewire.profiling
+import rewire
+import rewire.meters
+from rewire.accounting import optimizer_bytes, saved_inside
 from rewire.errors import RewireError
-from rewire.profiling import (
-    LiveBytes,
-    Profile,
-    floating_tensors,
-    profile,
-    saved_inside,
-    scalar_loss,
-)
+from rewire.meters import LiveBytes
+from rewire.profiling import Profile, floating_tensors, profile, scalar_loss
 
 KB = 1024
 ROW = 256  # floats in 1 KB
@@ -48,7 +44,7 @@ class Stack(nn.Module):
 
 
 def test_doctest() -> None:
-    assert doctest.testmod(rewire.profiling).failed == 0
+    assert doctest.testmod(rewire.meters).failed == 0
 
 
 def test_counts_new_storages_and_forgets_freed_ones() -> None:
@@ -225,6 +221,101 @@ def test_garbage_collector_is_as_before() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+# ---- where memory goes -------------------------------------------------------------------
+
+
+def test_saved_bytes_by_module_by_hand() -> None:
+    """Tanh keeps its result, ReLU too and that is the output; exp in no module is the model's."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(16, 64), nn.Tanh())
+            self.last = nn.Linear(64, 16)
+            self.relu = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.relu(self.last(self.first(x)).exp())
+            return result
+
+    found = profile(Net(), torch.randn(32, 16))
+    hidden, out = 32 * 64 * 4, 32 * 16 * 4
+    assert dict(found.outside) == {"first.1": hidden, "": out}
+    assert found.output_bytes == out
+    assert found.chain_bytes == 4, "the loss"
+    assert found.saved_bytes == hidden + 2 * out + 4
+
+
+def test_all_saved_bytes_are_somebodys() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), Mixed(8), nn.Flatten())
+    x = torch.randn(4, 3, 8, 8)
+    for one in (model, rewire.make_reversible(model, x)):
+        found = profile(one, x)
+        outside = sum(size for _, size in found.outside)
+        assert found.saved_bytes == outside + found.output_bytes + found.chain_bytes
+    stream = 4 * 8 * 8 * 8 * 4
+    assert 2 * stream <= found.chain_bytes <= 2 * stream + 300, "two streams and small change"
+    assert not [name for name, _ in found.outside if name.startswith("2.")]
+
+
+class Mixed(nn.Module):
+    """Two residual modules."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x).relu()
+        return x + self.two(x).sigmoid()
+
+
+def test_what_stands_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+    model[0].requires_grad_(False)
+    x = torch.randn(8, 16, requires_grad=True)
+    found = profile(model, x)
+    frozen, trained = 4 * 17 * 16, 4 * (32 + 17 * 4)
+    assert found.parameter_bytes == frozen + trained
+    assert found.gradient_bytes == trained + x.nbytes
+    assert found.optimizer_bytes == 2 * trained
+    assert found.buffer_bytes == 2 * 16 * 4 + 8
+    assert found.input_bytes == x.nbytes
+    assert found.total_bytes == found.standing_bytes + found.peak_bytes
+    assert profile(model, x, optimizer=None).optimizer_bytes == 0
+
+
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    "make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, momentum]
+)
+def test_optimizer_state_is_that_of_a_real_one(make: Any) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)).to(torch.bfloat16)
+    real = make(model.parameters())
+    model(torch.randn(2, 16, dtype=torch.bfloat16)).sum().backward()
+    real.step()
+    states = [value for state in real.state.values() for value in state.values()]
+    expected = sum(v.nbytes for v in states if isinstance(v, Tensor) and v.dim())
+    assert optimizer_bytes(make, model.parameters()) == expected
+
+
+def test_an_optimizer_that_needs_values_says_so() -> None:
+    with pytest.raises(RewireError, match=r"LBFGS: its first step.*optimizer=None"):
+        optimizer_bytes(torch.optim.LBFGS, nn.Linear(2, 2).parameters())
+
+
+def test_trace_has_the_peak_and_ends_at_the_end() -> None:
+    found = profile(Stack(4), torch.randn(64, 16))
+    middle = found.trace.index(max(found.trace))
+    assert len(found.trace) > 20
+    assert 0.8 * found.peak_bytes <= found.trace[middle] <= found.peak_bytes
+    assert found.trace[0] < found.trace[middle]
+    assert found.trace[-1] < found.trace[middle]
 
 
 def test_finds_inputs_itself() -> None:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 import rewire
 from rewire import drift
-from rewire.profiling import LiveBytes
+from rewire.meters import LiveBytes
 from rewire.reversible import ReversibleSequential
 from tests.test_reversible import (
     TOLERANCE,

@@ -235,7 +235,7 @@ def test_hooks_on_blocks(when: str) -> None:
 
 def test_nothing_leads_from_a_side_input_back_to_the_tape() -> None:
     """What leaves one branch and enters the next must not keep its own graph alive."""
-    from rewire.profiling import LiveBytes
+    from rewire.meters import LiveBytes
 
     class Block(nn.Module):
         def __init__(self) -> None:

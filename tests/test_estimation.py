@@ -144,7 +144,7 @@ def test_three_meters_agree() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_three_meters_agree_on_real_models(name: str) -> None:
-    meters_agree(LARGE[name], 0.12)
+    meters_agree(LARGE[name], 0.25)
 
 
 @pytest.mark.slow

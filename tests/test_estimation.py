@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -334,13 +333,12 @@ def test_runs_in_backward_as_in_forward_on_cuda(name: str) -> None:
         assert found.peak_bytes <= estimate(model, x, device="cpu").peak_bytes
 
 
-def test_streams_on_cuda_take_no_scratch() -> None:
-    """Couplings and the self-check need streams of their own on the CPU; kernels need none."""
+def test_an_estimate_for_cuda_is_of_its_kernels() -> None:
+    """One operator for each coupling, inverse and self-check, where the CPU runs several."""
     model, x = WORKLOADS["bottlenecks"](3)
     rev = rewire.make_reversible(model, x)
     on_cpu, on_cuda = (estimate(rev, x, device=device) for device in ("cpu", "cuda"))
-    made = [sum(max(b - a, 0) for a, b in pairwise(p.trace)) for p in (on_cpu, on_cuda)]
-    assert made[0] - made[1] >= 2 * x.nbytes
+    assert len(on_cuda.trace) < len(on_cpu.trace)
     assert on_cpu.peak_bytes >= on_cuda.peak_bytes
     assert on_cpu.saved_bytes == on_cuda.saved_bytes
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from benchmarks import memory, pictures, rivals
+from benchmarks import memory, pictures, rivals, tables
 from benchmarks.costs import step_bytes, zero_gradients
 from benchmarks.memory import Case, Setting, cases, measure, percentiles
 from benchmarks.recording import Row, largest_error
@@ -251,3 +251,9 @@ def test_wrong_options_are_told(app: object, asked: str, told: str) -> None:
     result = CliRunner().invoke(app, asked.split())  # type: ignore[arg-type]
     assert result.exit_code == 2
     assert told in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_readme_has_the_records_of_the_rivals() -> None:
+    text = tables.README.read_text()
+    assert tables.written(text) == text
+    assert "**rewire-8**" in text

@@ -34,8 +34,8 @@ def parts(rev: nn.Module, example_inputs: Any = None) -> list[Parts]:
         >>> rev = rewire.make_reversible(model, chunks=4)
         >>> for row in rewire.parts(rev, torch.zeros(8, 3, 224, 224))[:2]:
         ...     print(row)
-        blocks.0.attn: 4 along dimension 0 (11.0 MB whole)
-        blocks.0.mlp: 4 along dimension 0 (14.5 MB whole)
+        blocks.0.attn: 4 along dimension 0 (7.3 MB whole)
+        blocks.0.mlp: 4 along dimension 0 (12.1 MB whole)
     """
     if not any(_chains(rev)):
         raise RewireError(

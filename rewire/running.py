@@ -114,7 +114,7 @@ def advance(
     dtype = torch.promote_types(x.dtype, output.branch.dtype)
     # Made behind the branch: backward runs it first, and the branch's gradient is added to the
     # trunk's where that is.
-    older = alias(newest) if newest is x else newest
+    older = alias(newest) if link.shown else newest
     made = replace(link, site=site, newest=following, older=older, tape=tape, grid=grid, tail=None)
     return *_shown(made, dtype, complete), output.sideways
 
@@ -355,7 +355,7 @@ def alias(x: Tensor) -> Tensor:
     Links hang on visible tensors and hold streams. Were these the same objects, each link
     would keep the one before it, and with it the whole past; a view would keep its base.
     """
-    if torch._C._are_functorch_transforms_active():
+    if transformed():
         return x.view_as(x)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x.detach()

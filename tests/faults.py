@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rewire import tape
 from rewire.arithmetic import Coupled
 from rewire.replay import set_rng_states
+from rewire.steps import Key
 
 Fault = Callable[[nn.Module], AbstractContextManager[Any]]
 
@@ -35,9 +36,9 @@ def dropped_gradient(_: nn.Module) -> AbstractContextManager[Any]:
     """What the first branch saved comes back as zeros."""
     recall = tape.Tape.recall
 
-    def forgetful(self: tape.Tape, key: tuple[str, int], number: int) -> Tensor:
+    def forgetful(self: tape.Tape, key: Key, number: int) -> Tensor:
         tensor = recall(self, key, number)
-        return torch.zeros_like(tensor) if key == ("step", 0) else tensor
+        return torch.zeros_like(tensor) if key == (0, 0) else tensor
 
     return patch.object(tape.Tape, "recall", forgetful)
 
@@ -75,8 +76,8 @@ def one_module_unreversed(_: nn.Module) -> AbstractContextManager[Any]:
     """The second residual module stores its activations."""
     dropping = tape.Record.dropping
 
-    def storing(self: tape.Record, of: tape.Tape, key: tuple[str, int]) -> Any:
-        return nullcontext() if key == ("step", 1) else dropping(self, of, key)
+    def storing(self: tape.Record, of: tape.Tape, key: Key) -> Any:
+        return nullcontext() if key == (1, 0) else dropping(self, of, key)
 
     return patch.object(tape.Record, "dropping", storing)
 

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.attributes import restored_attributes
 from rewire.cuts import COUNT, UNCUT, Chunks, Cuts, Found, Place, Span, at
-from rewire.following import Coarser, Following, Label, Mixed, Seen, Shapes
+from rewire.following import Following, Seen, Shapes
+from rewire.mixing import Coarser, Label, Mixed
 from rewire.replay import autocast_state, transformed
 from rewire.steps import Branch
 

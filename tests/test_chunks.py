@@ -14,7 +14,7 @@ from torchvision.models.video import swin3d_t
 
 import rewire
 from benchmarks.costs import step_bytes, zero_gradients
-from rewire import following
+from rewire import following, mixing
 from rewire.plans import Parts
 from rewire.profiling import scalar_loss
 from rewire.reversible import ReversibleSequential, store_activations, whole_branches
@@ -148,6 +148,7 @@ def test_a_branch_is_cut_along_what_its_operations_keep_apart(
         (lambda x: x - x.mean(0), "mean"),
         (lambda x: x.cumsum(0), "cumsum"),
         (lambda x: x.flip(0), "flip"),
+        (lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)), "pads"),
         (lambda x: x * x.shape[0], "counts"),
         (lambda x: x[torch.arange(6)], ""),
         (lambda x: torch.roll(x, 1, 0), "roll"),
@@ -347,9 +348,9 @@ def test_verify_looks_at_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     right = checks()
     assert right["parts as the whole (eval)"]
     assert right["parts as the whole (train)"]
-    monkeypatch.setitem(following._RULES, "mean", lambda call: None)
+    monkeypatch.setitem(mixing.RULES, "mean", lambda call: None)
     monkeypatch.setattr(following.Following, "_compare", lambda *_: None)
-    monkeypatch.setitem(following._RULES, "sub", lambda call: call.labels(call.given["self"]))
+    monkeypatch.setitem(mixing.RULES, "sub", lambda call: call.labels(call.given["self"]))
     assert not checks()["parts as the whole (eval)"]
 
 

@@ -284,8 +284,10 @@ def profile(
     ] = None,
     coupling: Coupling = "re2",
     precision: Precision = "exact",
+    chunks: Chunks = "1",
     granularity: Granularity = "module",
     trunk: Trunk = "identity",
+    outside: Outside = "store",
     include: Include = None,
     exclude: Exclude = None,
     pretrained: Pretrained = False,
@@ -301,6 +303,7 @@ def profile(
       rewire profile model.pt --estimate --plot step.png
     """
     how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
+    how |= {"outside": outside, "chunks": chunks}
     shape, limit = _checked(input_shape, {**how, "device": device}), _budget(budget)
     if plot is not None:
         _check_target(plot, model, "--plot")

@@ -21,7 +21,7 @@ from torch import Tensor
 from rewire import drift
 from rewire.arithmetic import Coupled
 from rewire.attributes import changed_attribute, replayed_attributes
-from rewire.cuts import ALL, UNCUT, Place, add_up_in_place, at, view_at
+from rewire.cuts import ALL, UNCUT, Place, add_up_in_place, at, dense, view_at
 from rewire.errors import NotRepeatable, StreamMismatch
 from rewire.holdings import (
     changed_flag,
@@ -259,7 +259,8 @@ class Tape:
         own = whole and _is_alone(self.newest)
         if not (whole or self._undone or _is_alone(self.newest)):
             self.newest = self.newest.clone()
-        newer, newest = at(part.place, self.newest), at(part.place, self.older)
+        here = view_at(part.place, self.newest)
+        newer, newest = dense(here), at(part.place, self.older)
         if undo.kept is not None:  # no inverse tells whether the branch repeated itself
             again = undo.forward(newest, undo.kept, output.branch, output.trunk)
             drift.compare(self.chain, newer, again, self._coarsest(), exact=True)
@@ -273,8 +274,7 @@ class Tape:
         )
         if whole:
             return older
-        here = view_at(part.place, self.newest)
-        if older.data_ptr() != here.data_ptr():
+        if older is not here:
             here.copy_(older)
         return self.newest
 

@@ -376,3 +376,14 @@ def test_chunks_that_are_none_are_refused() -> None:
         ReversibleSequential([Mlp()], chunks=0)
     with pytest.raises(ValueError, match="chunks='many'"):
         rewire.make_reversible(timm.create_model("vit_tiny_patch16_224", depth=2), chunks="many")
+
+
+def test_estimates_know_of_parts() -> None:
+    x = torch.randn(16, 128, 64, requires_grad=True)
+    peaks = {}
+    for chunks in (1, 8):
+        net = rewire.make_reversible(Norms(4), x, chunks=chunks)
+        guess = rewire.estimate(net, x).peak_bytes
+        peaks[chunks] = rewire.profile(net, x).peak_bytes
+        assert guess == pytest.approx(peaks[chunks], rel=0.02)
+    assert peaks[8] < 0.55 * peaks[1]

@@ -174,8 +174,8 @@ def test_what_mixes_samples_is_not_cut_by_samples(
     assert torch.allclose(net(X), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5])
-@pytest.mark.parametrize("chunks", [2, 5, 20, "auto"])
+@pytest.mark.parametrize("depth", [1, 4])
+@pytest.mark.parametrize("chunks", [5, 20])
 @pytest.mark.parametrize("coupling", ["re2", "consistent(1/4)", "dr2(0.9, 0.1)", "bdia"])
 def test_gradients_are_those_of_the_stored_twin(
     depth: int, chunks: int | str, coupling: str

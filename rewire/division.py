@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from rewire.errors import RewireError
 from rewire.estimation import on_fakes
 from rewire.inputs import as_example, example_for
 from rewire.plans import Parts
-from rewire.reversible import ReversibleSequential, store_activations
+from rewire.reversible import chains, store_activations
 
 
 def parts(rev: nn.Module, example_inputs: Any = None) -> list[Parts]:
@@ -37,7 +36,7 @@ def parts(rev: nn.Module, example_inputs: Any = None) -> list[Parts]:
         blocks.0.attn: 4 along dimension 0 (7.3 MB whole)
         blocks.0.mlp: 4 along dimension 0 (12.1 MB whole)
     """
-    if not any(_chains(rev)):
+    if not any(chains(rev)):
         raise RewireError(
             f"{type(rev).__qualname__} is not rewired. Pass what `rewire.make_reversible` gave."
         )
@@ -45,15 +44,8 @@ def parts(rev: nn.Module, example_inputs: Any = None) -> list[Parts]:
     with on_fakes(rev, example.args, example.kwargs) as (twin, args, kwargs):
         with store_activations(twin), torch.enable_grad():  # a tape would ask for values
             twin(*args, **kwargs)
-        branches = [branch for chain in _chains(twin) for branch in chain.branches]
+        branches = [branch for chain in chains(twin) for branch in chain.branches]
     return [_row(branch.name, branch.cutting.last) for branch in branches]
-
-
-def _chains(model: nn.Module) -> Iterator[ReversibleSequential]:
-    for module in model.modules():
-        for chain in (module, *module.__dict__.get("_chains", ())):
-            if isinstance(chain, ReversibleSequential):
-                yield chain
 
 
 def _row(name: str, found: Found | None) -> Parts:

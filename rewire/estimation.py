@@ -23,11 +23,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rewire.accounting import Optimizer, standing
 from rewire.errors import RewireError
 from rewire.fused import kernels_on_fakes
-from rewire.isolation import NEEDS_VALUES, isolated
-from rewire.meters import LiveBytes
+from rewire.isolation import NEEDS_VALUES, isolated, replace_tensors
+from rewire.meters import LIFT, LiveBytes
 from rewire.profiling import Profile, TrainingStep, given_or_found
-
-_LIFT = torch.ops.aten.lift_fresh.default  # a constant of the code becomes a tensor
 
 
 def estimate(
@@ -86,7 +84,7 @@ def on_fakes(
     """A copy of a model, and inputs, with fake tensors for all that they hold."""
     twin, faked = _own_copy(model), _Fakes()
     with isolated(twin):
-        faked.lend(twin)
+        replace_tensors(twin, faked.twin)
         args, named = tree_map(faked.twin, (tuple(inputs), dict(kwargs)))
         with faked.mode, _RealStaysReal():
             yield twin, args, named
@@ -141,15 +139,6 @@ class _Fakes:
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)
 
-    def lend(self, model: nn.Module) -> None:
-        """Put twins in the place of parameters, buffers and tensors among the attributes."""
-        for module in model.modules():
-            attributes: dict[str, Any] = module.__dict__
-            for registry in (attributes["_parameters"], attributes["_buffers"], attributes):
-                for name, value in registry.items():
-                    if isinstance(value, Tensor):
-                        registry[name] = self.twin(value)
-
 
 class _RealStaysReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operations on real tensors alone are run on them: on random states, constants of the code."""
@@ -166,7 +155,7 @@ class _RealStaysReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         fake = any(isinstance(t, FakeTensor) for t in tensors)
-        if fake or not tensors or func is _LIFT:
+        if fake or not tensors or func is LIFT:
             return func(*args, **(kwargs or {}))
         with _disable_current_modes():
             return func(*args, **(kwargs or {}))

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rewire.classes import Replacing, original_class, subclass_of
 from rewire.cuts import dense
 from rewire.errors import CannotTrace, RewireError, StreamMismatch
 from rewire.extraction import Program
 from rewire.isolation import plain
 from rewire.links import Course, attach, find
-from rewire.programs import HomeState, hidden_chains, original_class
+from rewire.programs import HomeState, hidden_chains
 from rewire.running import advance, follow, normalise, resume
 from rewire.structure import flatten, unflatten
 from rewire.traces import Made
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class HomeRun:
@@ -168,10 +167,8 @@ def is_home(module: Any) -> bool:
     return "_rewire" in module.__dict__
 
 
-class RewiredHome:
+class RewiredHome(Replacing):
     """What a rewired home adds to its class: a forward, and pickling by plan."""
-
-    _rewired_from: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward in two-stream form."""
@@ -181,41 +178,7 @@ class RewiredHome:
             return torch.compiler.disable(run_home)(self, args, kwargs)  # type: ignore[no-untyped-call]
         return run_home(self, args, kwargs)  # type: ignore[arg-type]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _revive, (self._rewired_from,), state
-
-
-def _revive(original: type[nn.Module]) -> nn.Module:
-    """A rewired home without state, for pickle and copy."""
-    cls = rewired_class(original)
-    return cls.__new__(cls)
-
 
 def rewired_class(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `original` that runs in two-stream form; it bears the same name."""
-    if original not in _CLASSES:
-        _CLASSES[original] = _subclass(original)
-    return _CLASSES[original]
-
-
-def _subclass(original: type[nn.Module]) -> type[nn.Module]:
-    names = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_rewired_from": original,
-    }
-    if issubclass(original, fx.GraphModule):
-        return _Recompiled(original.__name__, (RewiredHome, original), names)
-    return type(original.__name__, (RewiredHome, original), names)
-
-
-class _Recompiled(type(fx.GraphModule)):  # type: ignore[misc]
-    """A graph module writes its code into its class: into the one it was made from."""
-
-    def __setattr__(cls, name: str, value: Any) -> None:
-        if name == "forward":
-            setattr(cls._rewired_from, name, value)
-        elif name not in ("__call__", "_wrapped_call"):
-            super().__setattr__(name, value)
+    return subclass_of(original, RewiredHome)

@@ -8,7 +8,7 @@ import random
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -196,15 +196,24 @@ def lend_fakes(model: nn.Module, mode: FakeTensorMode) -> None:
     `isolated` puts those back. Operations on fake tensors alone are remembered by torch: they take
     a quarter of the time.
     """
+
+    def twin(tensor: Tensor) -> Tensor:
+        usual = type(tensor) in (nn.Parameter, Tensor) and _can_be_faked(tensor)
+        return mode.from_tensor(tensor) if usual else tensor
+
+    replace_tensors(model, twin)
+
+
+def replace_tensors(model: nn.Module, twin: Callable[[Tensor], Tensor]) -> None:
+    """Put others in the place of parameters, buffers and tensors among the attributes."""
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         attributes: dict[str, Any] = module.__dict__
-        registries = attributes["_parameters"], attributes["_buffers"], attributes
-        for registry in registries:
-            for name, tensor in registry.items():
-                if type(tensor) in (nn.Parameter, Tensor) and _can_be_faked(tensor):
-                    registry[name] = mode.from_tensor(tensor)
+        for registry in (attributes["_parameters"], attributes["_buffers"], attributes):
+            for name, value in registry.items():
+                if isinstance(value, Tensor):
+                    registry[name] = twin(value)
 
 
 def _can_be_faked(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 # This one wraps storage made outside of torch's operations (a constant) into a tensor.
-_LIFT = torch.ops.aten.lift_fresh.default
+LIFT = torch.ops.aten.lift_fresh.default
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -80,7 +80,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note_sum()
         given = list(_storages((args, kwargs)))
         for storage in given:
-            self._note(storage, made=func is _LIFT)
+            self._note(storage, made=func is LIFT)
         out = func(*args, **(kwargs or {}))
         if _adds_gradients(func):
             self._sum = [weakref.ref(storage) for storage in _storages(out)]

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-aten = torch.ops.aten
-
 
 class Mixed(Exception):
     """The indices are not kept apart; the message says by what."""
@@ -81,21 +79,12 @@ Rule = Callable[[Call], Labels]
 
 def _aligned(call: Call, result: Tensor, tensors: Sequence[Tensor]) -> Label | None:
     """Of a result to which tensors are broadcast."""
-    found: Label | None = None
-    for tensor in tensors:
-        label = call.labels(tensor)
-        if label is None:
-            continue
-        label = label._replace(dim=label.dim - tensor.dim() + result.dim())
-        if found not in (None, label):
-            raise call.mixed("brings together different parts of")
-        found = label
-    if found is None:
-        return None
-    for tensor in tensors:
-        own = found.dim - result.dim() + tensor.dim()
-        if call.labels(tensor) is None and own >= 0 and tensor.shape[own] > 1:
-            raise call.mixed("reads a tensor of its own for each index of")
+    labels = ((call.labels(tensor), tensor.dim()) for tensor in tensors)
+    moved = (a._replace(dim=a.dim - dims + result.dim()) for a, dims in labels if a is not None)
+    found = next(moved, None)
+    if found is not None:
+        for tensor in tensors:
+            _with(call, found, tensor, result)
     return found
 
 
@@ -224,12 +213,12 @@ def _matrices(call: Call) -> Labels:
     else:
         raise call.mixed("sums over")
     summand = call.given["self"] if left is not call.given["self"] else None
-    return found if summand is None else _with(call, found, summand)
+    return found if summand is None else _with(call, found, summand, call.result)
 
 
-def _with(call: Call, label: Label, operand: Tensor) -> Label:
+def _with(call: Call, label: Label, operand: Tensor, result: Tensor) -> Label:
     """A label of the result, and an operand that is broadcast to it: of its own or of none."""
-    own = label.dim - call.result.dim() + operand.dim()
+    own = label.dim - result.dim() + operand.dim()
     theirs = call.labels(operand)
     if theirs is not None and theirs != label._replace(dim=own):
         raise call.mixed("brings together different parts of")
@@ -312,8 +301,7 @@ def _attention(call: Call) -> Labels:
         raise call.mixed()
     for name in ("attn_mask", "attn_bias"):
         if call.given.get(name) is not None:
-            mask = call.given[name]
-            _with(call._replace(result=call.given["query"]), q, mask)
+            _with(call, q, call.given[name], call.given["query"])
     return (q, q, *(None,) * (len(call.result) - 2))
 
 

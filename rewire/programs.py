@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from rewire.classes import original_class
 from rewire.cutting import Cutting
 from rewire.errors import CannotTrace
 from rewire.extraction import Program
@@ -291,8 +292,3 @@ def hidden_chains(home: nn.Module) -> Iterator[None]:
     finally:
         for name in chains:
             home._modules[name] = children[name]
-
-
-def original_class(cls: type) -> type[nn.Module]:
-    """The class a rewired home was made from; other classes as they are."""
-    return getattr(cls, "_rewired_from", cls)

@@ -11,11 +11,9 @@ import torch
 from torch import nn
 
 from rewire import stretches
+from rewire.classes import Replacing, original_class, subclass_of
 from rewire.isolation import plain
-from rewire.programs import original_class
 from rewire.stretches import Place, Stretch, place_of
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def install(rev: nn.Module, stretch: Stretch) -> None:
@@ -23,13 +21,11 @@ def install(rev: nn.Module, stretch: Stretch) -> None:
     for number, name in enumerate(stretch.row.modules):
         module = rev.get_submodule(name)
         module.__dict__["_stretch"] = Place(stretch, number)
-        module.__class__ = checkpointed_class(type(module))
+        module.__class__ = subclass_of(type(module), CheckpointedModule)
 
 
-class CheckpointedModule:
+class CheckpointedModule(Replacing):
     """What a module of a stretch adds to its class: a forward, and pickling by name."""
-
-    _rewired_from: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward, activations dropped."""
@@ -42,30 +38,7 @@ class CheckpointedModule:
             run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
         return run(self, place, forward, args, kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _revive, (self._rewired_from,), state
-
 
 def _is_traced() -> bool:
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return tracing or torch.compiler.is_exporting()
-
-
-def _revive(original: type[nn.Module]) -> nn.Module:
-    """A module of a stretch without state, for pickle and copy."""
-    cls = checkpointed_class(original)
-    return cls.__new__(cls)
-
-
-def checkpointed_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `original` that drops its activations; it bears the same name."""
-    if original not in _CLASSES:
-        names = {
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-            "_rewired_from": original,
-        }
-        _CLASSES[original] = type(original.__name__, (CheckpointedModule, original), names)
-    return _CLASSES[original]

@@ -115,6 +115,15 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def hooks_apply() -> bool:
+    """Whether there is a graph whose saved tensors can be packed: not in torch.func transforms."""
+    return (
+        torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    )
+
+
 # ---- versions -------------------------------------------------------------------------
 
 

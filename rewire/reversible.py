@@ -198,40 +198,37 @@ def store_activations(model: nn.Module) -> Iterator[None]:
     """
     places = filter(None, map(place_of, model.modules()))
     found: list[Course | Stretch] = [*courses(model), *(place.stretch for place in places)]
-    before = {id(one): (one, one.stored) for one in found}.values()
-    try:
-        for one, _ in before:
-            one.stored = True
+    with _lent(found, "stored", lambda _: True):
         yield
-    finally:
-        for one, stored in before:
-            one.stored = stored
 
 
 @contextmanager
 def whole_branches(model: nn.Module) -> Iterator[None]:
     """Run the branches of `model` whole, whatever `chunks` says: the plain twin of their parts."""
-    before = [(course, course.chunks) for course in courses(model)]
-    try:
-        for course, _ in before:
-            course.chunks = 1
+    with _lent(courses(model), "chunks", lambda _: 1):
         yield
-    finally:
-        for course, chunks in reversed(before):
-            course.chunks = chunks
 
 
 @contextmanager
 def kept_grids(model: nn.Module) -> Iterator[None]:
     """Leave the grids of a model's chains as they are, whatever runs inside."""
-    before = [(course, course.grid) for course in courses(model)]
+    with _lent(courses(model), "grid", copy.copy):
+        yield
+
+
+@contextmanager
+def _lent(
+    owners: Iterable[Course | Stretch], name: str, other: Callable[[Any], Any]
+) -> Iterator[None]:
+    """Run with an attribute of each owner as `other` makes it of what it is."""
+    before = {id(one): (one, getattr(one, name)) for one in owners}.values()
     try:
-        for course, grid in before:
-            course.grid = copy.copy(grid)
+        for one, value in before:
+            setattr(one, name, other(value))
         yield
     finally:
-        for course, grid in before:
-            course.grid = grid
+        for one, value in before:
+            setattr(one, name, value)
 
 
 def exact(model: nn.Module) -> bool:
@@ -241,6 +238,11 @@ def exact(model: nn.Module) -> bool:
 
 def courses(model: nn.Module) -> Iterator[Course]:
     """The chains of a model at run time; one that has modules in several homes comes again."""
+    return (chain.course for chain in chains(model))
+
+
+def chains(model: nn.Module) -> Iterator[ReversibleSequential]:
+    """What each home has of a chain."""
     for module in model.modules():
-        chains = [module, *module.__dict__.get("_chains", ())]
-        yield from (chain.course for chain in chains if isinstance(chain, ReversibleSequential))
+        found = (module, *module.__dict__.get("_chains", ()))
+        yield from (chain for chain in found if isinstance(chain, ReversibleSequential))

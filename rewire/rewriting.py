@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from rewire.classes import original_class
 from rewire.coupling import Coupling, coupling_from
 from rewire.cuts import Chunks
 from rewire.errors import NothingToRewire, RewireError
@@ -20,7 +21,7 @@ from rewire.links import Course
 from rewire.planning import coupled, inner_homes, modules_by_home, trunk_of
 from rewire.planning import plan as make_plan
 from rewire.plans import Chain, Checkpointed, Plan, Residual
-from rewire.programs import HomeChain, HomeState, original_class
+from rewire.programs import HomeChain, HomeState
 from rewire.regions import install
 from rewire.stretches import Stretch, place_of, unfit
 

@@ -19,8 +19,9 @@ from rewire.grid import OnGrid, rounded, straight
 from rewire.links import Course, Link, choose_site, find
 from rewire.norms import Normed, Watching
 from rewire.observers import observing
-from rewire.replay import autocast_state, transformed, uncached_autocast, version
+from rewire.replay import autocast_state, hooks_apply, transformed, uncached_autocast, version
 from rewire.steps import Branch, Layout, Output, Record, Step, Tail
+from rewire.surroundings import Surroundings
 from rewire.tape import Tape, written_input
 
 _observers: list[list[str]] = []
@@ -37,12 +38,7 @@ def recording(course: Course) -> bool:
     Not where there is no graph, where the user asked for storage, or where saved-tensor
     hooks are not allowed (torch.func transforms).
     """
-    return (
-        torch.is_grad_enabled()
-        and not course.stored
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    )
+    return not course.stored and hooks_apply()
 
 
 def open_chain(course: Course, x: Tensor) -> Link:
@@ -211,7 +207,6 @@ def _cuts(
     chunks = link.course.chunks
     if chunks == 1:
         return UNCUT
-    branch.refresh()
     tail = None if link.tail is None else link.tail.call
     if tail is not None and relayout is not None:
         return UNCUT  # an activation of channels would not know its dimension
@@ -278,13 +273,13 @@ def _step(
     tail: Tail | None,
     relayout: tuple[Layout, Layout] | None,
 ) -> Step:
-    autocast = autocast_state(x.device.type)
-    return Step(branch, undo, x.dtype, x.requires_grad, tail, relayout, autocast)
+    branch.refresh()
+    around = Surroundings(autocast_state(x.device.type))
+    return Step(branch, undo, x.dtype, x.requires_grad, tail, relayout, around)
 
 
 def _ran(tape: Tape | None, step: Step, x: Tensor, sides: Sequence[Any]) -> Output:
     """Run a step's branch, on the tape if there is one."""
-    step.branch.refresh()
     if not _observers:
         return _run(tape, step, x, sides)
     for observer in _observers:

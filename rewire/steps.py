@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from rewire.arithmetic import Coupled
-from rewire.attributes import Kept
 from rewire.cuts import ALL, UNCUT, Cuts, Found, Place, at, joined
 from rewire.errors import NotRepeatable
-from rewire.holdings import Flags, Held, Holdings
+from rewire.holdings import Holdings
 from rewire.norms import Normed
 from rewire.replay import AutocastState, RngStates, version
 from rewire.sides import Sides
+from rewire.surroundings import Surroundings
 
 # A step, and its part; None: the activation behind the step before.
 Key = tuple[int, int | None]
@@ -195,6 +195,7 @@ class Step:
         undo: Its arithmetic.
         dtype: Of the branch's input (the streams are at least float32).
         relayout: Layouts of the streams before and in this step, where a view stands between.
+        around: What its modules found around them.
         cuts: How the branch is run part by part.
         parts: Those that have run, in order.
     """
@@ -205,13 +206,9 @@ class Step:
     requires_grad: bool
     tail: Tail | None
     relayout: tuple[Layout, Layout] | None
-    autocast: AutocastState
+    around: Surroundings
     cuts: Cuts = UNCUT
     parts: list[Part] = field(default_factory=list)
-    held: list[Held] = field(default_factory=list)
-    buffers: list[Any] = field(default_factory=list)
-    attributes: list[Kept] = field(default_factory=list)
-    flags: Flags = ()
 
     def keep(self, undo: Coupled, older: Tensor) -> None:
         """Keep what the inverse of each part will need of x_{i-1}."""

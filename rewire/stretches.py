@@ -21,37 +21,24 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rewire.attributes import Kept, changed_attribute, replayed_attributes
 from rewire.errors import NotRepeatable
-from rewire.holdings import (
-    Changed,
-    Flags,
-    Held,
-    Holdings,
-    changed_parameter,
-    replayed_buffers,
-    replayed_flags,
-    replayed_tensors,
-)
+from rewire.holdings import Holdings
 from rewire.plans import Checkpointed
 from rewire.replay import (
-    AutocastState,
     RngStates,
     autocast_state,
-    replayed_autocast,
+    hooks_apply,
     replayed_generators,
     replayed_rng,
     rng_states,
     same_rng_states,
     transformed,
-    uncached_autocast,
     version,
 )
 from rewire.sides import Sides
 from rewire.steps import Hooks, Key, Record
 from rewire.structure import Spec, flatten, unflatten
-
-_SMALL = 4096  # a buffer of this fraction of the input costs nothing to keep
+from rewire.surroundings import Surroundings
 
 
 @dataclass(eq=False)
@@ -142,12 +129,9 @@ class Ran:
         self._before = before
         self._name = place.stretch.row.modules[place.number]
         self._record = _Stoppable(self._name)
-        self._held: list[Held] = []
-        self._flags: Flags = ()
+        device = next(leaf for leaf in leaves if isinstance(leaf, Tensor)).device.type
+        self._around = Surroundings(autocast_state(device))
         self._generators: list[tuple[torch.Generator, Tensor]] = []
-        self._buffers: Changed = []
-        self._attributes: list[Kept] = []
-        self._autocast: AutocastState = ()
         self._rng: RngStates | None = None
         own = [None if before and n == before[1] else leaf for n, leaf in enumerate(leaves)]
         self._sides = Sides(own, place.holdings.written)
@@ -158,16 +142,10 @@ class Ran:
         device = given[0].device
         cards = [device.index] if device.type == "cuda" else []
         rng = rng_states(cards)
-        self._autocast = autocast_state(device.type)
-        self._held, self._flags = holdings.held(), holdings.flags()
         self._generators = holdings.generators(leaves)
-        before = holdings.before(given[0].nbytes // _SMALL)
-        modes = tuple(training for _, training in self._flags)
-        settings = holdings.attributes.before(modes)
-        with uncached_autocast(), self._record.dropping(self, (0, 0)):
+        around = self._around.noted(holdings, given[0].nbytes)
+        with around, self._record.dropping(self, (0, 0)):
             result = call()
-        self._buffers = holdings.after(before)
-        self._attributes = holdings.attributes.after(modes, settings)
         if not same_rng_states(rng, rng_states(cards)):
             self._rng = rng
         self._sides.ran(self._name, holdings.written)
@@ -208,14 +186,9 @@ class Ran:
         args, kwargs = unflatten(self._spec, leaves)
         record = self._record
         with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(replayed_autocast(self._autocast))
+            stack.enter_context(self._around.replayed())
             stack.enter_context(replayed_rng(self._rng))
             stack.enter_context(replayed_generators(self._generators))
-            stack.enter_context(replayed_tensors(self._held))
-            stack.enter_context(replayed_buffers(self._buffers))
-            stack.enter_context(replayed_attributes(self._attributes))
-            stack.enter_context(replayed_flags(self._flags))
             stack.enter_context(record.catching_until_complete() if last else record.catching())
             try:
                 result = self._forward(self._module, *args, **kwargs)
@@ -226,18 +199,12 @@ class Ran:
 
     def _check(self) -> None:
         """Raise where something that a rerun needs is no longer what it was."""
-        what = None
+        what = self._around.changed()
         if self._sides.changed():
-            what = "one of its inputs was changed in place after it ran. Clone the tensor first"
-        elif name := changed_parameter(self._held):
-            what = f"its parameter {name!r} was changed in place after forward. Step the optimizer"
-            what += " after backward"
-        elif name := changed_attribute(self._attributes):
-            what = f"the tensor in {name!r}, an attribute, was changed in place after forward. Set "
-            what += "a new tensor instead"
+            what = "one of its inputs was changed in place after it ran. Clone the tensor first."
         if what is not None:
             raise NotRepeatable(
-                f'{self._name}: its activations are not stored (outside="checkpoint"), and {what}.'
+                f'{self._name}: its activations are not stored (outside="checkpoint"), and {what}'
             )
 
 
@@ -267,12 +234,7 @@ def unfit(module: nn.Module) -> str:
 
 def recording(stretch: Stretch) -> bool:
     """Whether activations are to be dropped: as for a chain, see `rewire.running.recording`."""
-    return (
-        torch.is_grad_enabled()
-        and not stretch.stored
-        and not transformed()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    )
+    return not stretch.stored and not transformed() and hooks_apply()
 
 
 def run(

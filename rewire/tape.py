@@ -12,7 +12,7 @@ States: the tape holds the newest stream and the one before it. A residual modul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +20,10 @@ from torch import Tensor
 
 from rewire import drift
 from rewire.arithmetic import Coupled
-from rewire.attributes import changed_attribute, replayed_attributes
 from rewire.cuts import ALL, UNCUT, Place, add_up_in_place, at, dense, view_at
 from rewire.errors import NotRepeatable, StreamMismatch
 from rewire.holdings import (
     changed_flag,
-    changed_parameter,
-    replayed_buffers,
-    replayed_flags,
-    replayed_tensors,
 )
 from rewire.norms import Normed
 from rewire.observers import observing
@@ -54,7 +49,6 @@ class Kept(NamedTuple):
     nbytes: int
 
 
-_SMALL = 4096  # a buffer of this fraction of the stream costs nothing to keep
 _listeners: list[list[tuple[str, bool]]] = []
 _keepers: list[list[Kept]] = []
 
@@ -89,18 +83,10 @@ class Tape:
 
     def run(self, step: Step, x: Tensor, sides: Sequence[Any]) -> Output:
         """Run a branch for the first time, part by part, dropping what autograd saves."""
-        holdings = step.branch.holdings
-        step.held = holdings.held()
-        step.flags = holdings.flags()
-        before = holdings.before(x.nbytes // _SMALL)
-        modes = tuple(training for _, training in step.flags)
-        settings = holdings.attributes.before(modes)
-        before_run = version(x)
-        with uncached_autocast():
+        before = version(x)
+        with step.around.noted(step.branch.holdings, x.nbytes):
             outputs = [self._first(step, place, x, sides) for place in step.cuts.places]
-        step.buffers = holdings.after(before)
-        step.attributes = holdings.attributes.after(modes, settings)
-        if version(x) != before_run:
+        if version(x) != before:
             raise written_input(step.branch.name)
         if _listeners:
             self._outputs = [output.branch.detach().clone() for output in outputs]
@@ -255,10 +241,9 @@ class Tape:
     def _uncoupled(self, step: Step, part: Part, undo: Coupled, *, catch: bool) -> Tensor:
         """x_{i-1}, or x_{i+1} in which one more part is that of x_{i-1}."""
         output = self._run(step, part, self.older, catch=catch)
-        whole = part.place == ALL
-        own = whole and _is_alone(self.newest)
-        if not (whole or self._undone or _is_alone(self.newest)):
-            self.newest = self.newest.clone()
+        whole, own = part.place == ALL, bool(self._undone) or _is_alone(self.newest)
+        if not (whole or own):
+            self.newest, own = self.newest.clone(), True
         here = view_at(part.place, self.newest)
         newer, newest = dense(here), at(part.place, self.older)
         if undo.kept is not None:  # no inverse tells whether the branch repeated itself
@@ -269,7 +254,7 @@ class Tape:
             newest,
             output.branch,
             output.trunk,
-            own_newer=own or not whole,
+            own_newer=own,
             own_branch=_is_alone(output.branch) and _is_plain(output.branch),
         )
         if whole:
@@ -281,7 +266,7 @@ class Tape:
     def _coarsest(self) -> torch.dtype:
         """The dtype of lowest precision that a branch ran in."""
         dtypes = {step.dtype for step in self.steps}
-        dtypes |= {dtype for step in self.steps for _, on, dtype in step.autocast[-1:] if on}
+        dtypes |= {dtype for step in self.steps for _, on, dtype in step.around.autocast[-1:] if on}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _forth(self) -> None:
@@ -298,22 +283,12 @@ class Tape:
         self.at += 1
 
     def _run(self, step: Step, part: Part, newest: Tensor, *, catch: bool) -> Output:
-        """Run a branch again on its part of x_i, in the surroundings of its first run.
-
-        Always with gradients enabled: some modules compute something else without.
-        """
+        """Run a branch again on its part of x_i, in the surroundings of its first run."""
         self._check(step, part)
         self._forget()
         sides = part.sides.again()
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(replayed_autocast(step.autocast))
-            stack.enter_context(replayed_rng(part.rng))
-            stack.enter_context(replayed_generators(part.generators))
-            stack.enter_context(replayed_tensors(step.held))
-            stack.enter_context(replayed_buffers(step.buffers))
-            stack.enter_context(replayed_attributes(step.attributes))
-            stack.enter_context(replayed_flags(step.flags))
+        draws = replayed_rng(part.rng), replayed_generators(part.generators)
+        with step.around.replayed(), draws[0], draws[1]:
             x, trunk = self._input(step, part, newest, catch=catch)
             with self._catch(part.record) if catch else Hooks(_drop, never):
                 output = step.branch(x, sides)
@@ -336,19 +311,10 @@ class Tape:
                 f"{step.branch.name}: one of its side inputs was changed in place after forward. "
                 "Clone the tensor before changing it."
             )
-        parameter = changed_parameter(step.held)
-        if parameter is not None:
-            raise NotRepeatable(
-                f"{step.branch.name}: its parameter {parameter!r} was changed in place after "
-                "forward. Step the optimizer after backward."
-            )
-        attribute = changed_attribute(step.attributes)
-        if attribute is not None:
-            raise NotRepeatable(
-                f"{step.branch.name}: the tensor in {attribute!r}, an attribute that it reads, was "
-                "changed in place after forward. Set a new tensor instead."
-            )
-        flag = changed_flag(step.flags)
+        changed = step.around.changed()
+        if changed is not None:
+            raise NotRepeatable(f"{step.branch.name}: {changed}")
+        flag = changed_flag(step.around.flags)
         if flag is not None:
             self.chain.report(
                 f"{step.branch.name}: {flag} in forward and is not now. Backward ran it again as "

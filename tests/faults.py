@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from rewire import tape
+from rewire import surroundings, tape
 from rewire.arithmetic import Coupled
 from rewire.replay import set_rng_states
 from rewire.steps import Key
@@ -84,7 +84,7 @@ def one_module_unreversed(_: nn.Module) -> AbstractContextManager[Any]:
 
 def statistics_twice(_: nn.Module) -> AbstractContextManager[Any]:
     """The rerun updates BatchNorm's statistics once more."""
-    return patch.object(tape, "replayed_buffers", lambda _: nullcontext())
+    return patch.object(surroundings, "replayed_buffers", lambda _: nullcontext())
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from rewire.coupling import Coupling, Re2
 from rewire.cuts import Chunks, checked
 from rewire.errors import RewireError, StreamMismatch
 from rewire.grid import Grid, OnGrid
+from rewire.plans import WAYS
 from rewire.replay import version
 from rewire.steps import Layout, Tail
 from rewire.tape import Tape
@@ -56,6 +57,7 @@ class Course:
         check: What to do where the rebuilt streams are not right: "warn", "raise" or "off".
         stored: Run by ordinary autograd, with activations stored.
         chunks: Into how many parts its branches are cut; see `rewire.make_reversible`.
+        ways: What backward does at each site, see `rewire.Chain`; empty: all are reversed.
         grid: Where its streams stand, from run to run.
     """
 
@@ -66,6 +68,7 @@ class Course:
     check: InitVar[str] = "warn"
     stored: bool = False
     chunks: Chunks = 1
+    ways: tuple[str, ...] = ()
     run: _Run = field(default_factory=_Run, repr=False)
     drift: drift.Chain = field(init=False, repr=False)
     grid: Grid = field(default_factory=Grid, repr=False)
@@ -78,6 +81,9 @@ class Course:
             if given not in known:
                 raise ValueError(f"{what}={given!r}; choose one of {', '.join(map(repr, known))}.")
         self.chunks = checked(self.chunks)
+        if self.ways and (len(self.ways) != len(self.sites) or not set(self.ways) <= set(WAYS)):
+            words = ", ".join(map(repr, WAYS))
+            raise ValueError(f"ways={self.ways!r}: one of {words} for each of {len(self.sites)}.")
         self.drift = drift.Chain(self.name, check)
         self._refuse_gain()
         if self.precision == "fast":
@@ -115,6 +121,10 @@ class Course:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, run=_Run())
+
+    def way(self, site: int) -> str:
+        """What backward does at a site."""
+        return self.ways[site] if self.ways else WAYS[0]
 
     def ran(self, site: int, alive: Tape | Tensor) -> None:
         """Note which residual module ran last in this thread, and what lives while it goes on."""

@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# What backward does at a residual module.
+WAYS = ("reverse", "checkpoint", "store")
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -70,6 +73,9 @@ class Chain:
         coupling: The equation of its steps, as spelled by `rewire.Coupling`.
         precision: Of its streams: "exact", "float64" or "fast".
         chunks: Into how many parts its branches are cut where they can be; 1: not at all.
+        ways: For each module what backward does: "reverse" rebuilds its input and runs its branch
+            again, "checkpoint" has kept its input and runs the branch as far as it must, "store"
+            has kept the branch's activations. Empty: all are reversed.
         bits: Of correction, per element of the stream and module, that the coupling's inverse
             needs. What a normalisation on the trunk needs beside it is measured in each run.
         start: In words, why it does not go on from what stands before it.
@@ -83,6 +89,7 @@ class Chain:
     coupling: str = "re2"
     precision: str = "exact"
     chunks: int | str = 1
+    ways: tuple[str, ...] = ()
     bits: int = 0
     start: str = ""
 

@@ -171,6 +171,7 @@ def _plan_inside(rev: nn.Module) -> Plan:
             coupling=str(course.coupling),
             precision=course.precision,
             chunks=course.chunks,
+            ways=tuple(course.way(site) for site in sorted(places)) if course.ways else (),
             bits=course.coupling.bits,
         )
         chains.append(chain)
@@ -283,7 +284,8 @@ def _course(chain: Chain, coupling: str | Coupling | None, check: str) -> Course
     """A chain at run time."""
     sites = tuple(residual.name for residual in chain)
     found = coupling_from(chain.coupling if coupling is None else coupling)
-    return Course(chain.name, sites, found, chain.precision, check, chunks=chain.chunks)
+    how: Any = {"chunks": chain.chunks, "ways": chain.ways}
+    return Course(chain.name, sites, found, chain.precision, check, **how)
 
 
 def _unique(chain: Chain) -> list[Any]:

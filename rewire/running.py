@@ -105,7 +105,8 @@ def advance(
     if link.site < 0 and link.grid is not None:
         x = newest.to(x.dtype)  # the branch sees the stream as backward will rebuild it
     tape = _tape_for(link, newest, older)
-    following, grid, output = _couple(link, tape, x, (newest, older), relayout, branch, sides)
+    step = _coupled_step(link, site, x, branch, sides, relayout)
+    following, grid, output = _couple(link, tape, step, x, (newest, older), sides)
     course.ran(site, following if tape is None else tape)
     dtype = torch.promote_types(x.dtype, output.branch.dtype)
     # Made behind the branch: backward runs it first, and the branch's gradient is added to the
@@ -158,30 +159,43 @@ def _shown(link: Link, dtype: torch.dtype, complete: bool) -> tuple[Tensor, Link
     return visible, made
 
 
-def _couple(
+def _coupled_step(
     link: Link,
-    tape: Tape | None,
+    site: int,
     x: Tensor,
-    streams: tuple[Tensor, Tensor],
-    relayout: tuple[Layout, Layout] | None,
     branch: Branch,
     sides: Sequence[Any],
-) -> tuple[Tensor, OnGrid | None, Output]:
-    """Run a branch and couple the streams: x_{i+1} with its graph, and the grid it is on."""
-    newest, older = streams
+    relayout: tuple[Layout, Layout] | None,
+) -> Step:
+    """The step that runs a residual module."""
     course, grid = link.course, link.grid
-    k = course.coupling.coefficients(newest, branch.training)
+    k = course.coupling.coefficients(x, branch.training)
     if grid is not None and any(isinstance(w, Tensor) and w.requires_grad for w in k):
         raise RewireError(
             f"coupling {course.coupling}: a coefficient requires a gradient, and the grid has none "
             'for it. Detach it, or use precision="fast".'
         )
-    undo = Coupled(course.coupling, k, grid)
-    step = _step(branch, undo, x, link.tail, relayout)
-    step.cuts = _cuts(link, branch, x, sides, relayout)
+    step = _step(branch, Coupled(course.coupling, k, grid), x, link.tail, relayout)
+    step.way = course.way(site)
+    step.cuts = _cuts(link, step, x, sides)
+    return step
+
+
+def _couple(
+    link: Link,
+    tape: Tape | None,
+    step: Step,
+    x: Tensor,
+    streams: tuple[Tensor, Tensor],
+    sides: Sequence[Any],
+) -> tuple[Tensor, OnGrid | None, Output]:
+    """Run a branch and couple the streams: x_{i+1} with its graph, and the grid it is on."""
+    newest, older = streams
+    course, grid, undo = link.course, link.grid, step.undo
+    assert isinstance(undo, Coupled)
     output = _ran(tape, step, x, sides)
     terms = output.branch, x if output.trunk is None and link.tail is not None else output.trunk
-    _check_shape(branch.name, output.branch, newest)
+    _check_shape(step.branch.name, output.branch, newest)
     following, largest = undo.measured(newest, older, *terms)
     if grid is not None:
         coarser = course.grid.watch(following, grid, largest)
@@ -196,21 +210,15 @@ def _couple(
     return following, grid, output
 
 
-def _cuts(
-    link: Link,
-    branch: Branch,
-    x: Tensor,
-    sides: Sequence[Any],
-    relayout: tuple[Layout, Layout] | None,
-) -> Cuts:
+def _cuts(link: Link, step: Step, x: Tensor, sides: Sequence[Any]) -> Cuts:
     """How the branch is run part by part."""
     chunks = link.course.chunks
-    if chunks == 1:
+    if chunks == 1 or step.way == "store":
         return UNCUT
-    tail = None if link.tail is None else link.tail.call
-    if tail is not None and relayout is not None:
+    tail = None if step.tail is None else step.tail.call
+    if tail is not None and step.relayout is not None:
         return UNCUT  # an activation of channels would not know its dimension
-    return branch.cutting.cuts(chunks, branch, x, sides, tail)
+    return step.branch.cutting.cuts(chunks, step.branch, x, sides, tail)
 
 
 class NormBranch:

@@ -77,6 +77,10 @@ class Recalling(Protocol):
         """The tensor that a handle stands for."""
 
 
+class Complete(BaseException):
+    """Everything that a run saved has been caught: the rest need not run again."""
+
+
 class Record:
     """What autograd saved in one run of a function, by number; caught again in a rerun."""
 
@@ -109,6 +113,17 @@ class Record:
             caught[number] = tensor.detach(), version(tensor)
 
         return Hooks(pack, never)
+
+    def catching_until_complete(self) -> Hooks:
+        """Hooks as of `catching`, which raise `Complete` at the last."""
+        hooks = self.catching()
+
+        def pack(tensor: Tensor) -> None:
+            hooks.pack_hook(tensor)
+            if len(self.caught) == len(self.metas):
+                raise Complete
+
+        return Hooks(pack, hooks.unpack_hook)
 
     def complete(self) -> None:
         """Raise unless the rerun saved as many tensors as the run."""
@@ -198,6 +213,8 @@ class Step:
         around: What its modules found around them.
         cuts: How the branch is run part by part.
         parts: Those that have run, in order.
+        way: What backward does: "reverse", "checkpoint" or "store", see `rewire.Chain`.
+        held: x_{i-1} in this step's layout, where it is not to be rebuilt, and its version.
     """
 
     branch: Branch
@@ -209,9 +226,13 @@ class Step:
     around: Surroundings
     cuts: Cuts = UNCUT
     parts: list[Part] = field(default_factory=list)
+    way: str = "reverse"
+    held: tuple[Tensor, int] | None = None
 
     def keep(self, undo: Coupled, older: Tensor) -> None:
-        """Keep what the inverse of each part will need of x_{i-1}."""
+        """Keep what the inverse of each part will need of x_{i-1}, or that itself."""
+        if self.way != "reverse":
+            self.held = older.detach(), version(older)
         for part in self.parts:
             part.undo = undo if part.place == ALL else undo.at(part.place, older.dim())
             part.undo.keep(at(part.place, older))

@@ -36,7 +36,7 @@ from rewire.replay import (
     version,
 )
 from rewire.sides import Sides
-from rewire.steps import Hooks, Key, Record
+from rewire.steps import Complete, Key, Record
 from rewire.structure import Spec, flatten, unflatten
 from rewire.surroundings import Surroundings
 
@@ -83,27 +83,6 @@ class _Link:
 _links: MutableMapping[Tensor, _Link] = WeakTensorKeyDictionary()
 
 
-class _Complete(BaseException):
-    """Everything that a run saved has been caught: the rest need not run again."""
-
-
-class _Stoppable(Record):
-    """A record whose rerun may end with the last tensor that was saved."""
-
-    __slots__ = ()
-
-    def catching_until_complete(self) -> Hooks:
-        """Hooks as of `catching`, which raise `_Complete` at the last."""
-        hooks = self.catching()
-
-        def pack(tensor: Tensor) -> None:
-            hooks.pack_hook(tensor)
-            if len(self.caught) == len(self.metas):
-                raise _Complete
-
-        return Hooks(pack, hooks.unpack_hook)
-
-
 class Ran:
     """One run of a module of a stretch, with all that running it again needs; never a graph.
 
@@ -128,7 +107,7 @@ class Ran:
         self._module, self._forward, self._spec = module, forward, spec
         self._before = before
         self._name = place.stretch.row.modules[place.number]
-        self._record = _Stoppable(self._name)
+        self._record = Record(self._name)
         device = next(leaf for leaf in leaves if isinstance(leaf, Tensor)).device.type
         self._around = Surroundings(autocast_state(device))
         self._generators: list[tuple[torch.Generator, Tensor]] = []
@@ -192,7 +171,7 @@ class Ran:
             stack.enter_context(record.catching_until_complete() if last else record.catching())
             try:
                 result = self._forward(self._module, *args, **kwargs)
-            except _Complete:
+            except Complete:
                 return None
         record.complete()
         return result

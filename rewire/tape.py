@@ -11,8 +11,8 @@ States: the tape holds the newest stream and the one before it. A residual modul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +22,7 @@ from rewire import drift
 from rewire.arithmetic import Coupled
 from rewire.cuts import ALL, UNCUT, Place, add_up_in_place, at, dense, view_at
 from rewire.errors import NotRepeatable, StreamMismatch
-from rewire.holdings import (
-    changed_flag,
-)
+from rewire.holdings import changed_flag
 from rewire.norms import Normed
 from rewire.observers import observing
 from rewire.replay import (
@@ -38,7 +36,7 @@ from rewire.replay import (
     version,
 )
 from rewire.sides import Sides
-from rewire.steps import Hooks, Key, Output, Part, Record, Step, Tail, never
+from rewire.steps import Complete, Hooks, Key, Output, Part, Record, Step, Tail, never
 
 
 class Kept(NamedTuple):
@@ -101,7 +99,8 @@ class Tape:
         rng = self._current_rng(x.device)
         part.generators = holdings.generators(sides)
         key = len(self.steps), len(step.parts) - 1
-        with part.record.dropping(self, key):
+        stored = step.way == "store"
+        with nullcontext() if stored else part.record.dropping(self, key):
             # The cut is made here: backward runs through the last cut first, and adds its
             # gradient to what is there before it begins with the next.
             stream = at(place, x)
@@ -178,20 +177,21 @@ class Tape:
     def _rerun_part(self, index: int, number: int) -> None:
         step = self.steps[index]
         part = step.parts[number]
-        if self.at <= index:
+        if self.at <= index or step.held is not None:
             self._move(index)
-            self._run(step, part, step.enter(self.newest), catch=True)
+            self._catch_again(step, part, step.enter(self.newest))
             return
         if self.at > index + 1:
             self._move(index + 1)
         if number in self._undone:
-            self._run(step, part, self.older, catch=True)
+            self._catch_again(step, part, self.older)
         else:
             self._undo(step, number, catch=True)
 
     def _rerun_tail(self, index: int) -> None:
-        if self.at == index + 1 and self.steps[index].cuts is UNCUT:
-            self._undo(self.steps[index], 0, catch=True)  # it needs T too: one run catches both
+        step = self.steps[index] if self.at == index + 1 else None
+        if step is not None and step.cuts is UNCUT and step.held is None:
+            self._undo(step, 0, catch=True)  # it needs T too: one run catches both
         if self.tails[index].record.caught:
             return
         self._move(index)
@@ -215,9 +215,20 @@ class Tape:
     def _back(self) -> None:
         """From state i + 1, or from wherever between them the tape stands, to state i."""
         step = self.steps[self.at - 1]
+        if step.held is not None:
+            self._take_held(step, *step.held)
+            return
         for number in reversed(range(len(step.parts))):
             if number not in self._undone:
                 self._undo(step, number, catch=False)
+
+    def _take_held(self, step: Step, held: Tensor, made_at: int) -> None:
+        """To state i, where x_{i-1} was kept; once, so that it is free when backward is past it."""
+        if version(held) != made_at:
+            raise _changed_stream(f"the input of {step.branch.name}")
+        step.held = None
+        self.newest, self.older = step.leave(self.older), step.leave(held)
+        self.at -= 1
 
     def _undo(self, step: Step, number: int, *, catch: bool) -> None:
         """Rebuild one part of the stream before a step; the last one leads to state i."""
@@ -284,11 +295,7 @@ class Tape:
 
     def _run(self, step: Step, part: Part, newest: Tensor, *, catch: bool) -> Output:
         """Run a branch again on its part of x_i, in the surroundings of its first run."""
-        self._check(step, part)
-        self._forget()
-        sides = part.sides.again()
-        draws = replayed_rng(part.rng), replayed_generators(part.generators)
-        with step.around.replayed(), draws[0], draws[1]:
+        with self._again(step, part) as sides:
             x, trunk = self._input(step, part, newest, catch=catch)
             with self._catch(part.record) if catch else Hooks(_drop, never):
                 output = step.branch(x, sides)
@@ -297,15 +304,30 @@ class Tape:
         trunk = trunk if output.trunk is None else output.trunk
         return Output(output.branch.detach(), None if trunk is None else trunk.detach(), ())
 
+    def _catch_again(self, step: Step, part: Part, newest: Tensor) -> None:
+        """The same for what it saves alone: as far as the last of that."""
+        with self._again(step, part) as sides:
+            x, _ = self._input(step, part, newest, catch=True)
+            with suppress(Complete), self._catch(part.record, stop=True):
+                step.branch(x, sides)
+            part.record.complete()
+
+    @contextmanager
+    def _again(self, step: Step, part: Part) -> Iterator[list[Any]]:
+        """The surroundings of a branch's first run on a part, and its side inputs."""
+        self._check(step, part)
+        self._forget()
+        sides = part.sides.again()
+        draws = replayed_rng(part.rng), replayed_generators(part.generators)
+        with step.around.replayed(), draws[0], draws[1]:
+            yield sides
+
     def _check(self, step: Step, part: Part) -> None:
         """Raise where something that a rerun needs is no longer what it was."""
         made, self._made = self._made, []
         for name, stream, made_at in made:
             if version(stream) != made_at:
-                raise StreamMismatch(
-                    f"{name} was changed in place after forward; backward needs it. Clone it "
-                    "before changing it."
-                )
+                raise _changed_stream(name)
         if part.sides.changed():
             raise NotRepeatable(
                 f"{step.branch.name}: one of its side inputs was changed in place after forward. "
@@ -338,10 +360,10 @@ class Tape:
         x = step.enter(x) if whole else x
         return x, x
 
-    def _catch(self, record: Record) -> Hooks:
+    def _catch(self, record: Record, *, stop: bool = False) -> Hooks:
         """Hooks that catch for a record, which is noted to be forgotten with the others."""
         self._caught.append(record)
-        return record.catching()
+        return record.catching_until_complete() if stop else record.catching()
 
     def _forget(self) -> None:
         """Let go of what is caught and was not asked for: streams are about to change."""
@@ -355,6 +377,13 @@ def written_input(name: str) -> NotRepeatable:
     return NotRepeatable(
         f"{name}: it changes its input in place, so it cannot be run again in backward. Clone the "
         "tensor first, or keep the module out with `exclude=`."
+    )
+
+
+def _changed_stream(name: str) -> StreamMismatch:
+    return StreamMismatch(
+        f"{name} was changed in place after forward; backward needs it. Clone it before changing "
+        "it."
     )
 
 

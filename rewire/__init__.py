@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rewire.budgets import budgeted
     from rewire.comparison import Difference, Distance, distance
     from rewire.coupling import Bdia, Consistent, Coupling, Dr2, Re2
     from rewire.division import parts
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
     )
     from rewire.estimation import estimate
     from rewire.integers import Coefficients
+    from rewire.making import make_reversible
     from rewire.planning import plan
-    from rewire.plans import Chain, Checkpointed, Parts, Plan, Residual, Skipped
+    from rewire.plans import Budget, Chain, Checkpointed, Parts, Plan, Residual, Skipped
     from rewire.profiling import Profile, profile
     from rewire.recalibration import recalibrate
     from rewire.reversible import ReversibleSequential, store_activations
-    from rewire.rewriting import make_reversible
     from rewire.schedule import Dr2Schedule
     from rewire.storage import load, save
     from rewire.verification import Check, Verdict, verify
@@ -46,15 +47,16 @@ _HOMES = {
         "RewireError",
         "StreamMismatch",
     ),
+    "budgets": ("budgeted",),
     "estimation": ("estimate",),
+    "making": ("make_reversible",),
     "integers": ("Coefficients",),
     "division": ("parts",),
     "planning": ("plan",),
-    "plans": ("Chain", "Checkpointed", "Parts", "Plan", "Residual", "Skipped"),
+    "plans": ("Budget", "Chain", "Checkpointed", "Parts", "Plan", "Residual", "Skipped"),
     "profiling": ("Profile", "profile"),
     "recalibration": ("recalibrate",),
     "reversible": ("ReversibleSequential", "store_activations"),
-    "rewriting": ("make_reversible",),
     "schedule": ("Dr2Schedule",),
     "storage": ("load", "save"),
     "verification": ("Check", "Verdict", "verify"),
@@ -64,6 +66,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "BadFile",
     "Bdia",
+    "Budget",
     "CannotTrace",
     "Chain",
     "Check",
@@ -87,6 +90,7 @@ __all__ = [
     "Skipped",
     "StreamMismatch",
     "Verdict",
+    "budgeted",
     "distance",
     "estimate",
     "load",

@@ -16,10 +16,11 @@ from rewire.conversion import Request, opened, planned
 from rewire.errors import RewireError
 from rewire.estimation import estimate
 from rewire.inputs import Example, example_for, mapped
+from rewire.making import make_reversible
 from rewire.plans import Plan
 from rewire.profiling import Profile, profile
-from rewire.report import TOTAL, human_bytes, progress
-from rewire.rewriting import make_reversible
+from rewire.report import TOTAL, progress
+from rewire.sizes import human_bytes
 
 _SHOWN = 6  # parts of the model outside the chains
 _DEPTH = 2  # names of parts are cut to: `layers.0`

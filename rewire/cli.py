@@ -164,7 +164,7 @@ def inspect(
             if request.chunks != 1 and plan.chains:
                 _print_parts(source.module, plan, shape)
         if not plan.chains:
-            from rewire.rewriting import make_reversible
+            from rewire.making import make_reversible
 
             make_reversible(source.module, plan=plan)  # raises, naming the nearest miss
 
@@ -412,8 +412,8 @@ def _print_parts(model: Any, plan: Any, shape: tuple[int, ...] | None) -> None:
     """Which branches run in parts on the example."""
     from rewire.division import parts
     from rewire.inputs import example_for
+    from rewire.making import make_reversible
     from rewire.report import parts_lines
-    from rewire.rewriting import make_reversible
 
     example = example_for(model, shape) if shape else None
     typer.echo("branches in parts, on this input:")
@@ -425,7 +425,7 @@ def _budget(text: str | None) -> int | None:
     """The parsed --budget, in bytes."""
     if text is None:
         return None
-    from rewire.report import bytes_of
+    from rewire.sizes import bytes_of
 
     try:
         return bytes_of(text)
@@ -471,7 +471,8 @@ def _print_conversion(done: Conversion, input_shape: str | None, as_json: bool) 
         written = {"source": done.source, "out": str(done.out), "bytes": done.out_bytes}
         _print_json({**written, "plan": done.plan.to_dict()})
         return
-    from rewire.report import console, human_bytes, plan_summary
+    from rewire.report import console, plan_summary
+    from rewire.sizes import human_bytes
 
     out, trust = done.out, list(done.trust)
     console().print(plan_summary(done.plan))

@@ -79,7 +79,7 @@ def convert(
     model: str, out: Path, request: Request | None = None, export: Path | None = None
 ) -> Conversion:
     """Open, plan, rewire and write; `out` appears whole or not at all."""
-    from rewire.rewriting import make_reversible
+    from rewire.making import make_reversible
 
     request = request or Request()
     source = opened(model, request)

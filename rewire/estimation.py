@@ -62,9 +62,9 @@ def estimate(
         RewireError: The model's code looks at values, or nothing requires a gradient.
     """
     inputs, kwargs = given_or_found(model, inputs, kwargs)
-    place = _place(model, device)
+    place = place_of_estimate(model, device)
     there = standing(model, TrainingStep(model, inputs, kwargs).tensors, optimizer)
-    operations = _as_on_cuda() if place.type == "cuda" else nullcontext()
+    operations = as_on_cuda() if place.type == "cuda" else nullcontext()
     with on_fakes(model, inputs, kwargs) as (twin, args, named), operations:
         step = TrainingStep(twin, args, named)
         try:
@@ -90,7 +90,7 @@ def on_fakes(
             yield twin, args, named
 
 
-def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
+def place_of_estimate(model: nn.Module, device: str | torch.device | None) -> torch.device:
     """The device that the estimate is for."""
     if device is None:
         found = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -165,7 +165,7 @@ class _RealStaysReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _as_on_cuda() -> Iterator[None]:
+def as_on_cuda() -> Iterator[None]:
     """Have what runs on fake tensors keep what it would keep on a GPU."""
     with kernels_on_fakes(), _CudasOperations():
         yield

@@ -180,6 +180,27 @@ class Checkpointed:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a plan was given of memory, and what it takes of it; estimated for the example.
+
+    Attributes:
+        asked: As it was asked for.
+        limit_bytes: What that leaves for a step at its peak, beside what stands.
+        peak_bytes: The step's peak.
+        plain_bytes: The original's.
+        standing_bytes: Parameters, gradients, the optimizer's state, inputs.
+        operations: Of a step, as a multiple of the original's.
+    """
+
+    asked: str
+    limit_bytes: int
+    peak_bytes: int
+    plain_bytes: int
+    standing_bytes: int
+    operations: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `make_reversible` will do.
 
@@ -190,6 +211,7 @@ class Plan:
         inputs: The example the plan was made with, in words, and where it came from.
         parameters: Number of parameters of the model.
         outside: What is checkpointed outside of the chains.
+        budget: The memory that it keeps to, where it was given a budget.
     """
 
     model: str
@@ -198,6 +220,7 @@ class Plan:
     inputs: str = ""
     parameters: int = 0
     outside: tuple[Checkpointed, ...] = ()
+    budget: Budget | None = None
 
     @property
     def modules(self) -> list[Residual]:
@@ -221,7 +244,9 @@ class Plan:
             chains.append(Chain(**{**_frozen(chain), "modules": modules}))
         skipped = [Skipped(**_frozen(row)) for row in data["skipped"]]
         outside = tuple(Checkpointed(**_frozen(row)) for row in data.get("outside", ()))
-        return cls(**{**data, "chains": chains, "skipped": skipped, "outside": outside})
+        budget = None if data.get("budget") is None else Budget(**data["budget"])
+        made = {"chains": chains, "skipped": skipped, "outside": outside, "budget": budget}
+        return cls(**{**data, **made})
 
     def __str__(self) -> str:
         chains = "1 chain" if len(self.chains) == 1 else f"{len(self.chains)} chains"

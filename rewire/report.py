@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Protocol
@@ -13,6 +12,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from rewire.plans import Chain, Checkpointed, Parts, Plan, Residual, Skipped
+from rewire.sizes import human_bytes
 
 _WIDTH = 100
 _SHOWN = 3
@@ -182,41 +182,6 @@ def _fits(value: float | None, budget: int) -> Text:
     if value <= budget:
         return Text(f"fits, {human_bytes(budget - value)} left", style="green")
     return Text(f"{human_bytes(value - budget)} missing", style="bold red")
-
-
-def human_bytes(count: float) -> str:
-    """Bytes in words, e.g. `41.5 MB` (powers of 1000, as in the README's tables).
-
-    >>> human_bytes(41_500_000)
-    '41.5 MB'
-    """
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB"):
-        count /= 1000
-        if count < 999.95:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:.1f} GB"
-
-
-_UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30}
-
-
-def bytes_of(text: str) -> int:
-    """Bytes from words: 24GB, 16GiB, 800 MB.
-
-    Raises:
-        ValueError: They are no such words.
-
-    Example:
-        >>> bytes_of("24GB"), bytes_of("1.5 GiB")
-        (24000000000, 1610612736)
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = _UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None:
-        raise ValueError(f"{text!r} is no amount of memory such as 24GB or 16GiB.")
-    return int(float(found[1]) * unit)
 
 
 def _counted(count: int, noun: str, plural: str = "") -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +13,10 @@ from torch import fx, nn
 
 from rewire.classes import original_class
 from rewire.coupling import Coupling, coupling_from
-from rewire.cuts import Chunks
 from rewire.errors import NothingToRewire, RewireError
 from rewire.homes import is_home, rewired_class
 from rewire.links import Course
-from rewire.planning import coupled, inner_homes, modules_by_home, trunk_of
-from rewire.planning import plan as make_plan
+from rewire.planning import inner_homes, modules_by_home, trunk_of
 from rewire.plans import Chain, Checkpointed, Plan, Residual
 from rewire.programs import HomeChain, HomeState
 from rewire.regions import install
@@ -29,73 +26,18 @@ _REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_s
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def make_reversible(
-    model: nn.Module,
-    example_inputs: Any = None,
-    *,
-    plan: Plan | None = None,
-    coupling: str | Coupling | None = None,
-    precision: str | None = None,
-    check: str = "warn",
-    chunks: Chunks | None = None,
-    granularity: str = "module",
-    trunk: str = "identity",
-    outside: str = "store",
-    include: Sequence[str] | str = (),
-    exclude: Sequence[str] | str = (),
+def rewritten(
+    model: nn.Module, plan: Plan, coupling: str | Coupling | None = None, check: str = "warn"
 ) -> nn.Module:
-    """Rewire a residual network into a reversible one with the same parameters.
-
-    In each chain of residual modules the input is duplicated into two streams and each skip
-    jumps two modules, x_i = F_i(x_{i-1}) + x_{i-2}; the chain's output is the mean of both.
-    Activations inside the branches are not stored: backward rebuilds them.
+    """Carry out a plan, see `rewire.make_reversible`.
 
     Args:
-        model: Any module. It is left as it is and stays usable. Wrap (DDP, FSDP2,
-            `torch.compile`) what is returned, not what goes in.
-        example_inputs: As for `rewire.plan`.
-        plan: A plan made before, to be carried out as it is; then only `coupling`, `precision`,
-            `chunks` and `check` have an effect beside it.
-        coupling: The equation of the two streams, an object (`rewire.Consistent(1 / 4)`) or its
-            spelling (`"consistent(1/4)"`); "re2", the paper's, by default. The nearer to the
-            original's function, the more bits of correction are kept: see `rewire.coupling`.
-        precision: "exact" (default): the streams stand on a grid, so that they are rebuilt, and
-            gradients come out, bit for bit as by ordinary autograd of the same forward, under
-            autocast and in half precision too. "float64": exact, with float64 streams.
-            "fast": plain float32 streams, whose rounding adds up along a chain.
-        check: What to do in a backward whose rebuilt streams are not right (a branch that does
-            not repeat itself, something changed since forward): "warn", "raise" or "off".
-        chunks: Run each branch on parts of its input, one after the other, where its operations
-            keep them apart (samples, tokens, windows), so that one part's activations are there
-            at a time: "auto", as many as they are worth; a number of parts; 1, not at all;
-            None (default), as the plan says, which is 1 unless told. What is random is drawn
-            for each part by itself.
-        granularity: As for `rewire.plan`.
-        trunk: As for `rewire.plan`.
-        outside: As for `rewire.plan`.
-        include: As for `rewire.plan`.
-        exclude: As for `rewire.plan`.
-
-    Returns:
-        A new module of the same class, with new module objects and the very same parameter and
-        buffer objects: `state_dict` has the same keys in the same order, and training one
-        trains the other. Only modules that own a residual add, or are checkpointed, run other code.
-
-    Raises:
-        NothingToRewire: No chain was found; the message names the nearest miss.
-        CannotTrace: The model does not run on the example, or no example was found.
-
-    Example:
-        >>> import torchvision, rewire
-        >>> rev = rewire.make_reversible(torchvision.models.resnet18())
-
-    Source: Re2TAL, arXiv 2211.14053.
+        model: The model that it was made of.
+        plan: What to do.
+        coupling: The object, where the plan has its spelling only.
+        check: As for `make_reversible`.
     """
-    _refuse_unfit(model)
-    if plan is None:
-        chosen = {"granularity": granularity, "trunk": trunk, "outside": outside}
-        plan = make_plan(model, example_inputs, include=include, exclude=exclude, **chosen)
-    plan = coupled(plan, coupling, precision, chunks)
+    refuse_unfit(model)
     if not plan.chains:
         raise NothingToRewire(_nearest_miss(plan))
     _check(model, plan)
@@ -108,7 +50,7 @@ def make_reversible(
     return rev
 
 
-def _refuse_unfit(model: nn.Module) -> None:
+def refuse_unfit(model: nn.Module) -> None:
     """What cannot be rewired, or is already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"make_reversible takes a module, not {type(model).__name__}.")

@@ -18,7 +18,7 @@ from rewire.errors import RewireError, StreamMismatch
 from rewire.grid import OnGrid, rounded, straight
 from rewire.links import Course, Link, choose_site, find
 from rewire.norms import Normed, Watching
-from rewire.observers import observing
+from rewire.observers import observing, tell
 from rewire.replay import autocast_state, hooks_apply, transformed, uncached_autocast, version
 from rewire.steps import Branch, Layout, Output, Record, Step, Tail
 from rewire.surroundings import Surroundings
@@ -193,7 +193,9 @@ def _couple(
     newest, older = streams
     course, grid, undo = link.course, link.grid, step.undo
     assert isinstance(undo, Coupled)
+    tell("begins", step.branch.name)
     output = _ran(tape, step, x, sides)
+    tell("ends", step.branch.name)
     terms = output.branch, x if output.trunk is None and link.tail is not None else output.trunk
     _check_shape(step.branch.name, output.branch, newest)
     following, largest = undo.measured(newest, older, *terms)

@@ -105,7 +105,7 @@ def load(
     Raises:
         BadFile: It is not such a file, is damaged, or names what is not trusted.
     """
-    from rewire.rewriting import make_reversible
+    from rewire.making import make_reversible
 
     where = str(path)
     content = _read(Path(path))

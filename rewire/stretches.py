@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rewire.errors import NotRepeatable
 from rewire.holdings import Holdings
+from rewire.observers import tell
 from rewire.plans import Checkpointed
 from rewire.replay import (
     RngStates,
@@ -146,6 +147,7 @@ class Ran:
         while before := runs[-1]._before:
             runs.append(before[0])
         result = None
+        tell("again", runs[-1]._name)
         for ran in reversed(runs):
             result = ran._again(result, last=ran is self)
 
@@ -232,6 +234,8 @@ def run(
         args: What it is called with.
         kwargs: Keyword arguments of the call.
     """
+    if place.number == 0:
+        tell("begins", place.stretch.row.modules[0])
     if not recording(place.stretch):
         return forward(module, *args, **kwargs)
     leaves, spec = flatten((args, kwargs))

@@ -13,18 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from rewire.errors import CannotTrace
 from rewire.inputs import Example, one_more
 from rewire.isolation import isolated, lend_fakes, plain_homes, training_mode, uncompiled
+from rewire.meters import Operations
 from rewire.recorder import watched_calls
 from rewire.replay import version
 from rewire.structure import flatten, map_leaves, tensors_of
 from rewire.watching import as_fake, own_copy
-
-_PER_ELEMENT = 10  # operations that an element costs where it is read and written only
 
 
 @dataclass(slots=True)
@@ -159,7 +156,7 @@ class _Surveyor:
         """Run the model."""
         args, kwargs = self._arguments
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _same)
-        with watched_calls(self._call), _Counting(self._scope), hooks:
+        with watched_calls(self._call), Operations(self._count), hooks:
             result = self._model(*args, **kwargs)
         del result
         for given, tensor in self._given:
@@ -194,6 +191,9 @@ class _Surveyor:
             visit.result = self._tensor(result), version(result)
         return result
 
+    def _count(self, operations: int) -> None:
+        self._scope[-1].operations += operations
+
     def _pack(self, tensor: Tensor) -> Tensor:
         self._scope[-1].events.append(self._storage(tensor))
         return tensor.detach()
@@ -212,30 +212,6 @@ class _Surveyor:
         number = self._storages.setdefault(key, len(self._storages))
         self._sizes.setdefault(number, size)
         return number
-
-
-class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations of the call that goes on."""
-
-    def __init__(self, scope: list[Visit]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._watched = scope
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run an operation and count it."""
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        count = sum(t.numel() for t in tensors_of(result)) * _PER_ELEMENT
-        if formula is not None:
-            count += formula(*args, **(kwargs or {}), out_val=result)
-        self._watched[-1].operations += count
-        return result
 
 
 def _same(tensor: Tensor) -> Tensor:

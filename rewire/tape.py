@@ -24,7 +24,7 @@ from rewire.cuts import ALL, UNCUT, Place, add_up_in_place, at, dense, view_at
 from rewire.errors import NotRepeatable, StreamMismatch
 from rewire.holdings import changed_flag
 from rewire.norms import Normed
-from rewire.observers import observing
+from rewire.observers import observing, tell
 from rewire.replay import (
     RngStates,
     replayed_autocast,
@@ -317,6 +317,7 @@ class Tape:
         """The surroundings of a branch's first run on a part, and its side inputs."""
         self._check(step, part)
         self._forget()
+        tell("again", step.branch.name)
         sides = part.sides.again()
         draws = replayed_rng(part.rng), replayed_generators(part.generators)
         with step.around.replayed(), draws[0], draws[1]:

@@ -17,7 +17,8 @@ from rewire.errors import RewireError
 from rewire.plans import Chain, Plan, Residual
 from rewire.plotting import need_matplotlib, plot_curves, plot_steps
 from rewire.profiling import Profile
-from rewire.report import balance_table, bytes_of
+from rewire.report import balance_table
+from rewire.sizes import bytes_of
 from tests.test_cli import _printed, golden, refused, run
 
 MB = 10**6

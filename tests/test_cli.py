@@ -21,7 +21,8 @@ from typer.testing import CliRunner, Result
 import rewire
 from rewire.cli import app
 from rewire.plans import Chain, Plan, Residual, Skipped
-from rewire.report import human_bytes, plan_summary, plan_tree, verdict_table
+from rewire.report import plan_summary, plan_tree, verdict_table
+from rewire.sizes import human_bytes
 from rewire.verification import Check, Verdict
 from tests.broken_files import BROKEN
 

@@ -1,0 +1,384 @@
+"""Rewiring within a budget of memory: as fast as that allows.
+
+For each residual module of the chains backward can reverse it, or keep its input (checkpoint), or
+keep its activations (store); outside of the chains a stretch is checkpointed or stored; branches
+can run in parts. None of these changes what is computed. Backward goes through a step from its end
+to its beginning, and frees what it has passed: so what a piece keeps is there while backward is in
+the pieces behind it, and not while it is in those before. The fastest choice under such a limit
+is found piece by piece, from the first to the last, keeping for every amount of memory the
+cheapest way to get there. What the pieces take is learnt by runs on tensors without values; so is
+the peak of what was chosen, and the choice is made again until that is within the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from rewire.accounting import Optimizer, standing
+from rewire.errors import RewireError
+from rewire.estimation import place_of_estimate
+from rewire.inputs import as_example
+from rewire.outside import checkpointed
+from rewire.plans import Budget, Plan
+from rewire.profiling import TrainingStep
+from rewire.rewriting import rewritten
+from rewire.sizes import bytes_of, human_bytes
+from rewire.stretches import unfit
+from rewire.trials import Heights, Trial, on_trial
+
+# Forward and backward together, as multiples of forward.
+_STEP = 3
+# What a part more costs, as a share of a step of its branch (measured: benchmarks/README.md).
+_PART = 1 / 64
+# Twice the parts must lower the peak to this share of it.
+_WORTH = 0.97
+_LEVELS = 2000
+_ROUNDS = 6
+# A choice this near to the budget is as good as it gets.
+_NEAR = 0.98
+
+
+def budgeted(
+    plan: Plan,
+    model: nn.Module,
+    budget: str | float,
+    example_inputs: Any,
+    *,
+    device: str | torch.device | None = None,
+    optimizer: Optimizer | None = torch.optim.Adam,
+) -> Plan:
+    """A plan whose training step stays within a budget of memory, and is as fast as that allows.
+
+    What it computes is what `plan` computes; where that says how many parts its branches run in,
+    or what is checkpointed, this is chosen anew.
+
+    Args:
+        plan: What `rewire.plan` gave.
+        model: The model it was made of. Nothing is computed, and it needs no memory.
+        budget: Bytes of a whole training step, in words ("8GB", "16 GiB") or a number above 1:
+            parameters, gradients, the optimizer's state, the inputs, and the most that is
+            alive beside these. Or a number from 0 to 1: a share of the activations of the
+            original's step at its peak; 0 is the least that there is.
+        example_inputs: As for `rewire.plan`, of the size that will be trained on. Tensors on the
+            meta device do.
+        device: "cpu" or "cuda"; that of the parameters where none is given.
+        optimizer: Whose state is counted: a class of `torch.optim`, or a function that makes one
+            of a list of parameters; None counts none.
+
+    Returns:
+        The plan, with `ways` and `chunks` of its chains, what is checkpointed outside of them, and
+        in `budget` what was found.
+
+    Raises:
+        RewireError: The budget is below the least that there is, or the model's code looks at
+            values; the message says by how much, and what to do.
+
+    Example:
+        >>> import timm, torch, rewire
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=4)
+        >>> images = torch.zeros(8, 3, 224, 224, device="meta")
+        >>> plan = rewire.budgeted(rewire.plan(model, images), model, 0.5, images)
+        >>> plan.chains[0].ways
+    """
+    example = as_example(example_inputs)
+    place = place_of_estimate(model, device)
+    step = TrainingStep(model, example.args, example.kwargs)
+    there = sum(standing(model, step.tensors, optimizer))
+    with on_trial(model, example, place) as trial:
+        trial.run()  # what is made once (tables, masks) is no cost of a step
+        plain = trial.run().peak
+    limit = _limit(budget, there, plain)
+    rows = checkpointed(model, example, plan.chains, lambda _, module: bool(unfit(module)))
+    whole = [replace(chain, ways=(), chunks=1) for chain in plan.chains]
+    plan = replace(plan, chains=whole, outside=rows)
+    with on_trial(rewritten(model, plan, check="off"), example, place) as trial:
+        choice = _Search(trial, plan).found(limit)
+    if isinstance(choice, int):
+        raise _too_little(budget, choice, plain, there)
+    found = Budget(str(budget), limit or choice.peak, choice.peak, plain, there, choice.operations)
+    return replace(choice.applied(plan), budget=found)
+
+
+def _limit(budget: str | float, there: int, plain: int) -> int | None:
+    """Bytes that a step may take at its peak, beside what stands; None: as few as there are."""
+    try:
+        amount = float(budget)
+    except ValueError:
+        amount = bytes_of(str(budget))
+    if amount < 0:
+        raise ValueError(f"budget={budget!r}: give a share from 0 to 1, or bytes such as 8GB.")
+    if amount > 1:
+        return max(1, int(amount) - there)
+    return int(amount * plain) or None
+
+
+def _too_little(budget: str | float, least: int, plain: int, there: int) -> RewireError:
+    """The error for a budget that nothing comes down to."""
+    return RewireError(
+        f"budget={budget!r}: one step takes {human_bytes(least)} at least, "
+        f"{least / max(1, plain):.3f} of the original's {human_bytes(plain)}, beside "
+        f"{human_bytes(there)} of parameters, gradients, optimizer state and inputs: "
+        f"{human_bytes(least + there)} together. Give that, or train on less at once: a smaller "
+        "batch, shorter or smaller inputs."
+    )
+
+
+# ---- pieces ------------------------------------------------------------------------------
+
+
+class Option(NamedTuple):
+    """One way to run a piece.
+
+    Attributes:
+        way: "reverse", "checkpoint" or "store".
+        kept: Bytes that are there behind it, more than if it were reversed.
+        beside: The same behind a piece that is stored, and has kept a part of these already.
+        operations: That backward runs again.
+    """
+
+    way: str
+    kept: int
+    beside: int
+    operations: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A residual module, or a stretch outside of the chains.
+
+    Attributes:
+        name: Of the module, or of the stretch's first one.
+        height: Most bytes while backward is in it and all others are reversed.
+        options: The ways to run it.
+    """
+
+    name: str
+    height: int
+    options: tuple[Option, ...]
+
+
+class _Label(NamedTuple):
+    """How the first pieces are run, one after the other, to keep so many bytes."""
+
+    kept: int
+    operations: float
+    way: str = ""
+    before: _Label | None = None
+
+    def ways(self) -> Iterator[str]:
+        """Those of the pieces, the last first."""
+        label = self
+        while label.before is not None:
+            yield label.way
+            label = label.before
+
+
+def cheapest(pieces: Sequence[Piece], end: int, limit: int) -> dict[str, str] | None:
+    """The ways of all pieces with the fewest operations such that no height is above a limit.
+
+    Args:
+        pieces: In the order in which they run.
+        end: Height before backward comes to the last of them.
+        limit: In bytes.
+
+    Returns:
+        A way for each name, or None where there are none.
+    """
+    quantum = max(1, limit // _LEVELS)
+    labels = {False: [_Label(0, 0.0)], True: list[_Label]()}
+    for piece in pieces:
+        found: dict[bool, dict[int, _Label]] = {False: {}, True: {}}
+        for after_stored, some in labels.items():
+            for label in some:
+                if label.kept + piece.height > limit:
+                    continue
+                for option in piece.options:
+                    kept = label.kept + (option.beside if after_stored else option.kept)
+                    made = _Label(kept, label.operations + option.operations, option.way, label)
+                    row = found[option.way == "store"]
+                    other = row.get(kept // quantum)
+                    if other is None or made.operations < other.operations:
+                        row[kept // quantum] = made
+        labels = {stored: _undominated(row.values()) for stored, row in found.items()}
+    fit = [label for some in labels.values() for label in some if label.kept + end <= limit]
+    if not fit:
+        return None
+    best = min(fit, key=lambda label: (label.operations, label.kept))
+    return dict(zip((piece.name for piece in reversed(pieces)), best.ways(), strict=True))
+
+
+def _undominated(labels: Collection[_Label]) -> list[_Label]:
+    """Those that no other beats in memory and operations both."""
+    best: list[_Label] = []
+    for label in sorted(labels, key=lambda one: (one.kept, one.operations)):
+        if not best or label.operations < best[-1].operations:
+            best.append(label)
+    return best
+
+
+# ---- searching ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a step is run, and what it takes.
+
+    Attributes:
+        ways: Of each piece.
+        chunks: Of each chain.
+        peak: Of the step, in bytes.
+        operations: Of the step, as a multiple of the original's.
+    """
+
+    ways: Mapping[str, str]
+    chunks: Mapping[str, int]
+    peak: int
+    operations: float
+
+    def applied(self, plan: Plan) -> Plan:
+        """A plan that runs so."""
+        chains = []
+        for chain in plan.chains:
+            ways = tuple(self.ways[residual.name] for residual in chain)
+            said = ways if set(ways) != {"reverse"} else ()
+            chains.append(replace(chain, ways=said, chunks=self.chunks[chain.name]))
+        rows = [row for row in plan.outside if self.ways.get(row.modules[0]) != "store"]
+        return replace(plan, chains=chains, outside=tuple(rows))
+
+
+class _Search:
+    """Looks for the fastest choice within a limit.
+
+    Args:
+        trial: The rewired model.
+        plan: Its plan, with all the stretches that can be checkpointed.
+    """
+
+    def __init__(self, trial: Trial, plan: Plan) -> None:
+        self._trial, self._plan = trial, plan
+        rows = plan.outside
+        self._stretches = {row.modules[0]: row.saved_bytes - row.kept_bytes for row in rows}
+        self._modules = [residual.name for residual in plan.modules]
+        self._cut: set[tuple[int, ...]] = set()
+        self._choose({})
+        trial.run()  # makes what is made once
+        self._work = trial.work()
+        self._streams = trial.streams()
+        self._choose(dict.fromkeys([*self._modules, *self._stretches], "store"))
+        self._stored = trial.run()
+
+    def found(self, limit: int | None) -> Choice | int:
+        """The fastest choice within a limit (None: the least that there is), or that least."""
+        chunks, least = self._parts(limit)
+        if limit is not None and least > limit:
+            return least
+        return self._refined(chunks, least if limit is None else limit)
+
+    def _parts(self, limit: int | None) -> tuple[dict[str, int], int]:
+        """Into how many parts the branches of each chain are cut, and the peak with all reversed.
+
+        As few as a limit allows; where there is none, as many as lower the peak.
+        """
+        chunks = dict.fromkeys((chain.name for chain in self._plan.chains), 1)
+        peak = self._reversed(chunks).peak
+        while limit is None or peak > limit:
+            more = {name: 2 * parts for name, parts in chunks.items()}
+            lower = self._reversed(more).peak
+            if lower > _WORTH * peak:
+                break
+            chunks, peak = more, lower
+        for name in chunks:
+            fewer = {**chunks, name: 1}
+            if len(chunks) > 1 and fewer != chunks:
+                higher = self._reversed(fewer).peak
+                if higher <= (peak if limit is None else limit):
+                    chunks, peak = fewer, higher
+        return chunks, peak
+
+    def _refined(self, chunks: dict[str, int], limit: int) -> Choice:
+        """The fastest choice whose own peak is within a limit."""
+        pieces, end = self._pieces(chunks)
+        target, best = limit, None
+        tried: dict[tuple[str, ...], Choice] = {}
+        for _ in range(_ROUNDS):
+            ways = cheapest(pieces, end, target)
+            if ways is None:
+                break
+            key = tuple(ways.values())
+            again = key in tried
+            choice = tried[key] = tried.get(key) or self._tried(pieces, ways, chunks)
+            if choice.peak > limit:
+                target -= max(choice.peak - limit, limit // 50)
+                continue
+            if best is None or choice.operations < best.operations:
+                best = choice
+            if again or choice.peak >= _NEAR * limit or choice.operations == 1:
+                break
+            target += limit - choice.peak
+        least = {piece.name: piece.options[0].way for piece in pieces}
+        return best or self._tried(pieces, least, chunks)
+
+    def _tried(
+        self, pieces: Sequence[Piece], ways: Mapping[str, str], chunks: Mapping[str, int]
+    ) -> Choice:
+        """A choice, run."""
+        self._choose(ways, chunks)
+        again = sum(
+            option.operations
+            for piece in pieces
+            for option in piece.options
+            if option.way == ways[piece.name]
+        )
+        share = again / (_STEP * max(1, self._work.all))
+        return Choice(ways, chunks, self._trial.run().peak, 1 + share)
+
+    def _pieces(self, chunks: Mapping[str, int]) -> tuple[list[Piece], int]:
+        """All pieces, in the order in which they run, and the height behind them."""
+        heights = self._reversed(chunks)
+        chains = self._plan.chains
+        parts = {residual.name: chunks[chain.name] for chain in chains for residual in chain}
+        pieces = []
+        for name in heights.forward:
+            options = self._options(name, parts.get(name))
+            pieces.append(Piece(name, heights.backward.get(name, 0), tuple(options)))
+        return pieces, heights.end
+
+    def _options(self, name: str, parts: int | None) -> Iterator[Option]:
+        """The ways to run a piece, the least memory first.
+
+        Args:
+            name: Of it.
+            parts: Into how many its branch is cut; None: it is no residual module.
+        """
+        work = self._work
+        operations = work.pieces.get(name, 0)
+        if parts is None:
+            freed = self._stretches[name]
+            yield Option("checkpoint", 0, 0, operations)
+            yield Option("store", freed, freed, 0)
+            return
+        cut = _STEP * operations * parts * _PART if parts > 1 else 0
+        yield Option("reverse", 0, 0, operations + cut)
+        if name not in work.inner:
+            stream = self._streams.get(name, 0)
+            stored = self._stored.forward[name]
+            shorter = operations - work.behind.get(name, 0)
+            yield Option("checkpoint", stream, 0, shorter + cut)
+            yield Option("store", stored + stream, stored, 0)
+
+    def _reversed(self, chunks: Mapping[str, int]) -> Heights:
+        """The heights with all reversed."""
+        self._choose({}, chunks)
+        if tuple(chunks.values()) not in self._cut:
+            self._cut.add(tuple(chunks.values()))
+            self._trial.run()  # how branches are cut is found once
+        return self._trial.run()
+
+    def _choose(self, ways: Mapping[str, str], chunks: Mapping[str, int] | None = None) -> None:
+        stored = [name for name in self._stretches if ways.get(name) == "store"]
+        self._trial.choose(ways, chunks or {}, stored)

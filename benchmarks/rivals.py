@@ -9,6 +9,7 @@ offload           torch.autograd.graph.save_on_cpu
 memcnn, revlib, revtorch, reformer, momentumnet    reversible libraries, for stacks of blocks
 rewire            make_reversible
 rewire-2, -4, -8, -auto    the same with `chunks=`
+budget-checkpoint, ...     the same with `budget=` that way's measured peak
 
 A library gets the stack's branches, F and G by turns, on two streams that both begin as the input
 and whose mean is the output: for all but momentumnet that is the function which rewire computes.
@@ -33,6 +34,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import rewire
+from benchmarks.costs import step, step_bytes, zero_gradients
 from benchmarks.workloads import Autocast, Bottleneck, Stack
 
 HOST_BYTES = 48 * 2**30
@@ -269,6 +271,18 @@ def rewired(subject: Subject, chunks: int | str | None = None) -> nn.Module:
     return rewire.make_reversible(subject.model, subject.x, chunks=chunks)
 
 
+def budgeted(subject: Subject, rival: str) -> nn.Module:
+    """Two streams, in the memory that another way takes."""
+    peaks = []
+    for name in (rival, "plain"):
+        zero_gradients(subject.leaves)
+        model = make(name, subject)
+        step(model, subject.x)  # what is made once (compiled code, tables) is no cost of a step
+        peaks.append(step_bytes(model, subject.x).peak)
+    share = min(1.0, peaks[0] / peaks[1])
+    return rewire.make_reversible(subject.model, subject.x, budget=share)
+
+
 # ---- all of them -------------------------------------------------------------------------
 
 COMPILED: dict[str, Callable[[Subject], nn.Module]] = {
@@ -286,6 +300,10 @@ LIBRARIES: dict[str, Callable[[Subject], nn.Module]] = {
 CHUNKED: dict[str, Callable[[Subject], nn.Module]] = {
     f"rewire-{chunks}": partial(rewired, chunks=chunks) for chunks in (2, 4, 8, "auto")
 }
+BUDGETED: dict[str, Callable[[Subject], nn.Module]] = {
+    f"budget-{rival}": partial(budgeted, rival=rival)
+    for rival in ("checkpoint", "checkpoint-sqrt", "compile", "compile-0.5", "compile-0")
+}
 WAYS: dict[str, Callable[[Subject], nn.Module]] = {
     "plain": lambda subject: subject.model,
     "checkpoint": checkpointed,
@@ -295,6 +313,7 @@ WAYS: dict[str, Callable[[Subject], nn.Module]] = {
     **LIBRARIES,
     "rewire": rewired,
     **CHUNKED,
+    **BUDGETED,
 }
 REMARKS = {
     "offload": "activations on the host are not counted",
@@ -319,6 +338,7 @@ def applicable(subject: Subject, *, compilers: bool) -> Sequence[str]:
     """Names of the ways worth running for a model, compiled ones where asked."""
     left_out = {
         **({} if compilers else COMPILED),
+        **BUDGETED,  # where asked for
         **({} if isinstance(subject.model, Stack) else LIBRARIES),
         **({} if subject.x.is_cuda else {"offload": None}),  # the CPU's memory is the host's
     }

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rewire.accounting import Optimizer, standing
 from rewire.errors import RewireError
 from rewire.estimation import place_of_estimate
-from rewire.inputs import as_example
+from rewire.inputs import as_example, mapped
 from rewire.outside import checkpointed
 from rewire.plans import Budget, Plan
 from rewire.profiling import TrainingStep
@@ -93,15 +93,33 @@ def budgeted(
         trial.run()  # what is made once (tables, masks) is no cost of a step
         plain = trial.run().peak
     limit = _limit(budget, there, plain)
+    example = mapped(example, _standing_in)
     rows = checkpointed(model, example, plan.chains, lambda _, module: bool(unfit(module)))
     whole = [replace(chain, ways=(), chunks=1) for chain in plan.chains]
     plan = replace(plan, chains=whole, outside=rows)
     with on_trial(rewritten(model, plan, check="off"), example, place) as trial:
-        choice = _Search(trial, plan).found(limit)
-    if isinstance(choice, int):
-        raise _too_little(budget, choice, plain, there)
-    found = Budget(str(budget), limit or choice.peak, choice.peak, plain, there, choice.operations)
+        choice, least = _Search(trial, plan).found(limit)
+    limit = limit or choice.peak
+    if choice.peak > limit:
+        raise _too_little(budget, least.peak, plain, there)
+    found = Budget(
+        str(budget),
+        limit,
+        choice.peak,
+        plain,
+        there,
+        choice.operations,
+        least.peak,
+        least.operations,
+    )
     return replace(choice.applied(plan), budget=found)
+
+
+def _standing_in(tensor: Tensor) -> Tensor:
+    """For a tensor on the meta device one of its shape that takes no memory to speak of."""
+    if not tensor.is_meta:
+        return tensor
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _limit(budget: str | float, there: int, plain: int) -> int | None:
@@ -272,15 +290,18 @@ class _Search:
         self._choose(dict.fromkeys([*self._modules, *self._stretches], "store"))
         self._stored = trial.run()
 
-    def found(self, limit: int | None) -> Choice | int:
-        """The fastest choice within a limit (None: the least that there is), or that least."""
-        chunks, least = self._parts(limit)
-        if limit is not None and least > limit:
-            return least
-        return self._refined(chunks, least if limit is None else limit)
+    def found(self, limit: int | None) -> tuple[Choice, Choice]:
+        """The fastest choice within a limit (None: the least that there is), and the least."""
+        chunks = self._parts(limit)
+        pieces, end = self._pieces(chunks)
+        least = self._tried(pieces, {piece.name: piece.options[0].way for piece in pieces}, chunks)
+        limit = limit or least.peak
+        if least.peak > limit:
+            return least, least
+        return self._refined(least, pieces, end, limit), least
 
-    def _parts(self, limit: int | None) -> tuple[dict[str, int], int]:
-        """Into how many parts the branches of each chain are cut, and the peak with all reversed.
+    def _parts(self, limit: int | None) -> dict[str, int]:
+        """Into how many parts the branches of each chain are cut, where all are reversed.
 
         As few as a limit allows; where there is none, as many as lower the peak.
         """
@@ -298,12 +319,11 @@ class _Search:
                 higher = self._reversed(fewer).peak
                 if higher <= (peak if limit is None else limit):
                     chunks, peak = fewer, higher
-        return chunks, peak
+        return chunks
 
-    def _refined(self, chunks: dict[str, int], limit: int) -> Choice:
-        """The fastest choice whose own peak is within a limit."""
-        pieces, end = self._pieces(chunks)
-        target, best = limit, None
+    def _refined(self, least: Choice, pieces: Sequence[Piece], end: int, limit: int) -> Choice:
+        """The fastest choice whose own peak is within a limit, which the least is."""
+        target, best = limit, least
         tried: dict[tuple[str, ...], Choice] = {}
         for _ in range(_ROUNDS):
             ways = cheapest(pieces, end, target)
@@ -311,17 +331,15 @@ class _Search:
                 break
             key = tuple(ways.values())
             again = key in tried
-            choice = tried[key] = tried.get(key) or self._tried(pieces, ways, chunks)
+            choice = tried[key] = tried.get(key) or self._tried(pieces, ways, least.chunks)
             if choice.peak > limit:
                 target -= max(choice.peak - limit, limit // 50)
                 continue
-            if best is None or choice.operations < best.operations:
-                best = choice
+            best = min(best, choice, key=lambda one: one.operations)
             if again or choice.peak >= _NEAR * limit or choice.operations == 1:
                 break
             target += limit - choice.peak
-        least = {piece.name: piece.options[0].way for piece in pieces}
-        return best or self._tried(pieces, least, chunks)
+        return best
 
     def _tried(
         self, pieces: Sequence[Piece], ways: Mapping[str, str], chunks: Mapping[str, int]

@@ -89,6 +89,17 @@ Outside = Annotated[
         help="Activations outside of the chains: kept, or computed again where that pays.",
     ),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES|SHARE",
+        help="Memory for a training step, 8GB (all of it) or 0.3 of the original's activations: "
+        "be as fast as that allows. Needs --input-shape.",
+    ),
+]
+Device = Annotated[
+    str, typer.Option(metavar="cpu|cuda", help="Where it will be trained, for --budget.")
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(metavar="GLOB", help="Rewire only modules of these names (repeatable)."),
@@ -131,6 +142,8 @@ def inspect(
     granularity: Granularity = "module",
     trunk: Trunk = "identity",
     outside: Outside = "store",
+    budget: Budget = None,
+    device: Device = "cpu",
     include: Include = None,
     exclude: Exclude = None,
     pretrained: Pretrained = False,
@@ -145,13 +158,14 @@ def inspect(
       rewire inspect model.pt --input-shape 2,3,224,224
       rewire inspect weights.safetensors --arch timm/convnext_tiny
       rewire inspect mypackage.models:build --exclude 'head.*'
+      rewire inspect timm/vit_base_patch16_224 --input-shape 32,3,224,224 --budget 8GB
     """
     how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
-    how |= {"outside": outside, "chunks": chunks}
-    shape = _checked(input_shape, how)
+    how |= {"outside": outside, "chunks": chunks, "device": device}
+    shape = _checked(input_shape, how, budget)
     options = (arch, trust, pretrained, include, exclude)
     with _one_line_errors(debug):
-        request = _request(options, how, shape)
+        request = _request(options, {**how, "budget": budget}, shape)
         from rewire.conversion import opened, planned
         from rewire.report import console, plan_tree
 
@@ -185,6 +199,8 @@ def convert(
     granularity: Granularity = "module",
     trunk: Trunk = "identity",
     outside: Outside = "store",
+    budget: Budget = None,
+    device: Device = "cpu",
     include: Include = None,
     exclude: Exclude = None,
     pretrained: Pretrained = False,
@@ -207,15 +223,15 @@ def convert(
       rewire convert timm/vit_large_patch16_224 --pretrained -o rev_vit.pt
     """
     how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
-    how |= {"outside": outside, "chunks": chunks}
-    shape = _checked(input_shape, how)
+    how |= {"outside": outside, "chunks": chunks, "device": device}
+    shape = _checked(input_shape, how, budget)
     options = (arch, trust, pretrained, include, exclude)
     _check_target(out, model, "OUT")
     if export_state_dict is not None:
         _check_target(export_state_dict, model, "--export-state-dict")
         _check_target(export_state_dict, str(out), "--export-state-dict")
     with _one_line_errors(debug):
-        request = _request(options, how, shape)
+        request = _request(options, {**how, "budget": budget}, shape)
         from rewire import conversion
 
         done = conversion.convert(model, out, request, export_state_dict)
@@ -304,7 +320,8 @@ def profile(
     """
     how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
     how |= {"outside": outside, "chunks": chunks}
-    shape, limit = _checked(input_shape, {**how, "device": device}), _budget(budget)
+    shape = _checked(input_shape, {**how, "device": device})
+    limit = None if budget is None else _bytes(budget)
     if plot is not None:
         _check_target(plot, model, "--plot")
     options = (arch, trust, pretrained, include, exclude)
@@ -389,7 +406,9 @@ _CHOICES = {
 }
 
 
-def _checked(input_shape: str | None, how: dict[str, str]) -> tuple[int, ...] | None:
+def _checked(
+    input_shape: str | None, how: dict[str, str], budget: str | None = None
+) -> tuple[int, ...] | None:
     """The parsed --input-shape; bad usage is said before anything is loaded."""
     for option, choices in _CHOICES.items():
         if how.get(option, choices[0]) not in choices:
@@ -398,6 +417,8 @@ def _checked(input_shape: str | None, how: dict[str, str]) -> tuple[int, ...] | 
     chunks = how.get("chunks", "1")
     if chunks != "auto" and not (chunks.isdecimal() and int(chunks)):
         raise typer.BadParameter(f"--chunks is auto or a number from 1 on, not {chunks!r}.")
+    if budget is not None:
+        _check_budget(budget, input_shape)
     if input_shape is None:
         return None
     sizes = input_shape.split(",")
@@ -421,10 +442,8 @@ def _print_parts(model: Any, plan: Any, shape: tuple[int, ...] | None) -> None:
         typer.echo(f"  {line}")
 
 
-def _budget(text: str | None) -> int | None:
+def _bytes(text: str) -> int:
     """The parsed --budget, in bytes."""
-    if text is None:
-        return None
     from rewire.sizes import bytes_of
 
     try:
@@ -433,8 +452,18 @@ def _budget(text: str | None) -> int | None:
         raise typer.BadParameter(f"--budget: {error}") from error
 
 
+def _check_budget(budget: str, input_shape: str | None) -> None:
+    """Refuse what is no budget, or nothing that it could be kept on."""
+    _bytes(budget)
+    if input_shape is None:
+        raise typer.BadParameter(
+            "--budget needs --input-shape, the batch and size that you train on: memory depends "
+            "on it."
+        )
+
+
 def _request(
-    options: tuple[Any, ...], how: dict[str, str], shape: tuple[int, ...] | None
+    options: tuple[Any, ...], how: dict[str, Any], shape: tuple[int, ...] | None
 ) -> Request:
     from rewire.conversion import Request
 

@@ -30,6 +30,8 @@ class Request:
     granularity: str = "module"
     trunk: str = "identity"
     outside: str = "store"
+    budget: str | None = None
+    device: str | None = None
     include: Sequence[str] = field(default=())
     exclude: Sequence[str] = field(default=())
 
@@ -61,7 +63,7 @@ def planned(source: Source, request: Request, example: Example | None = None) ->
     with progress("Finding residual modules"):
         if example is None and request.shape is not None:
             example = example_for(source.module, request.shape)
-        return plan(
+        found = plan(
             source.module,
             example,
             coupling=request.coupling,
@@ -73,6 +75,12 @@ def planned(source: Source, request: Request, example: Example | None = None) ->
             include=request.include,
             exclude=request.exclude,
         )
+    if request.budget is None or not found.chains:
+        return found
+    from rewire.budgets import budgeted
+
+    with progress("Choosing within the budget"):
+        return budgeted(found, source.module, request.budget, example, device=request.device)
 
 
 def convert(

@@ -190,6 +190,8 @@ class Budget:
         plain_bytes: The original's.
         standing_bytes: Parameters, gradients, the optimizer's state, inputs.
         operations: Of a step, as a multiple of the original's.
+        least_bytes: The step's peak if all were reversed, in as many parts.
+        least_operations: Its operations then.
     """
 
     asked: str
@@ -198,6 +200,8 @@ class Budget:
     plain_bytes: int
     standing_bytes: int
     operations: float
+    least_bytes: int
+    least_operations: float
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import IO, Protocol
 
 from rich.console import Console
@@ -11,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from rewire.plans import Chain, Checkpointed, Parts, Plan, Residual, Skipped
+from rewire.plans import Budget, Chain, Checkpointed, Parts, Plan, Residual, Skipped
 from rewire.sizes import human_bytes
 
 _WIDTH = 100
 _SHOWN = 3
 TOTAL = "all together"
+_DONE = {"reverse": "reversed", "checkpoint": "checkpointed", "store": "stored"}
 _TRUNKS = {
     "identity": "",
     "view": "a view on the trunk",
@@ -82,6 +85,8 @@ def plan_tree(plan: Plan) -> Tree:
         _add_chain(tree, chain)
     if plan.outside:
         _add_outside(tree, plan.outside)
+    if plan.budget:
+        tree.add(_budget_line(plan.budget))
     if plan.skipped:
         _add_skipped(tree, plan.skipped)
     return tree
@@ -96,6 +101,8 @@ def plan_summary(plan: Plan) -> Tree:
     if plan.outside:
         title = f"{_counted(len(plan.outside), 'stretch', 'stretches')} outside checkpointed"
         tree.add(Text(title, style="dim"))
+    if plan.budget:
+        tree.add(_budget_line(plan.budget))
     if plan.skipped:
         tree.add(Text(f"{_counted(len(plan.skipped), 'add')} left alone", style="dim"))
     return tree
@@ -199,6 +206,8 @@ def _chain_title(chain: Chain) -> Text:
         text.append(f"  precision={chain.precision}", style="not bold yellow")
     if chain.chunks != 1:
         text.append(f"  chunks={chain.chunks}", style="not bold yellow")
+    for way, count in Counter(chain.ways).items():
+        text.append(f"  {count} {_DONE[way]}", style="not bold yellow")
     if chain.trunk != "identity":
         text.append(f"  trunk={chain.trunk}", style="not bold yellow")
     return text
@@ -228,8 +237,11 @@ def _bits(chain: Chain) -> str:
 
 def _add_chain(tree: Tree, chain: Chain) -> None:
     branch = tree.add(_chain_title(chain))
-    for module in chain:
-        branch.add(_module_line(module))
+    for module, way in zip(chain, chain.ways or repeat("reverse"), strict=False):
+        line = _module_line(module)
+        if way != "reverse":
+            line.append(f"  {_DONE[way]}", style="yellow")
+        branch.add(line)
     if chain.taps:
         branch.add(Text(f"used elsewhere (newest stream): {', '.join(chain.taps)}", style="dim"))
 
@@ -244,6 +256,20 @@ def _module_line(module: Residual) -> Text:
         text.append(f"  ({trunk})", style="dim")
     if module.norm:
         text.append("  (its sum is normalised)", style="dim")
+    return text
+
+
+def _budget_line(budget: Budget) -> Text:
+    """What a budget allowed, and what it was compared with."""
+    text = Text(f"budget {budget.asked}", style="bold green")
+    text.append(
+        f"  {human_bytes(budget.peak_bytes)} of {human_bytes(budget.limit_bytes)} in a step at its "
+        f"peak ({human_bytes(budget.plain_bytes)} original, {human_bytes(budget.least_bytes)} all "
+        f"reversed), beside {human_bytes(budget.standing_bytes)} that stand; "
+        f"{budget.operations:.2f} × the original's operations "
+        f"({budget.least_operations:.2f} all reversed); estimated",
+        style="not bold default",
+    )
     return text
 
 

@@ -1,0 +1,217 @@
+"""Plans on a budget: the search, the peaks that are kept, and the bits that stay."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+import rewire
+from rewire import budgets
+from rewire.budgets import Option, Piece, cheapest
+from rewire.cli import app
+from rewire.report import console, plan_tree
+from rewire.rewriting import plan_of
+
+# ---- the search --------------------------------------------------------------------------
+
+options = st.builds(
+    Option,
+    st.sampled_from(["reverse", "checkpoint", "store"]),
+    st.integers(0, 40),
+    st.integers(0, 20),
+    st.integers(0, 50),
+)
+pieces = st.lists(
+    st.builds(
+        Piece,
+        st.just(""),
+        st.integers(0, 100),
+        st.lists(options, min_size=1, max_size=3, unique_by=lambda one: one.way).map(tuple),
+    ),
+    max_size=5,
+).map(lambda found: [replace(piece, name=str(n)) for n, piece in enumerate(found)])
+
+
+def cost(found: list[Piece], ways: tuple[Option, ...], end: int, limit: int) -> float | None:
+    """Operations of a choice; None where it is above the limit somewhere."""
+    kept, stored = 0, False
+    for piece, option in zip(found, ways, strict=True):
+        if kept + piece.height > limit:
+            return None
+        kept += option.beside if stored else option.kept
+        stored = option.way == "store"
+    return sum(option.operations for option in ways) if kept + end <= limit else None
+
+
+@settings(deadline=None)
+@given(pieces, st.integers(0, 60), st.integers(0, 200))
+def test_the_cheapest_is_that_of_all_choices(found: list[Piece], end: int, limit: int) -> None:
+    every = itertools.product(*(piece.options for piece in found))
+    costs = [cost(found, ways, end, limit) for ways in every]
+    least = min((one for one in costs if one is not None), default=None)
+    chosen = cheapest(found, end, limit)
+    if chosen is None:
+        assert least is None
+        return
+    ways = tuple(
+        next(option for option in piece.options if option.way == chosen[piece.name])
+        for piece in found
+    )
+    assert cost(found, ways, end, limit) == least
+
+
+# ---- models ------------------------------------------------------------------------------
+
+
+def vit() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=3, drop_path_rate=0.1)
+    return model, torch.randn(2, 3, 224, 224)
+
+
+def resnet() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return timm.create_model("resnet50", num_classes=5), torch.randn(4, 3, 64, 64)
+
+
+def gpt2() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=64, n_head=4, n_layer=3, vocab_size=300, attn_implementation="sdpa")
+    return GPT2LMHeadModel(config), torch.randint(300, (2, 64))
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    torch.manual_seed(1)
+    output = model(x)
+    output = output if isinstance(output, Tensor) else output.logits
+    return list(torch.autograd.grad(output.square().mean(), list(model.parameters())))
+
+
+@pytest.mark.parametrize("make", [vit, resnet, gpt2])
+def test_measured_peaks_are_within_the_budget_and_bits_stay(
+    make: Callable[[], tuple[nn.Module, Tensor]],
+) -> None:
+    model, x = make()
+    plain = rewire.profile(model, x).peak_bytes
+    free = rewire.make_reversible(model, x, check="raise")
+    expected = gradients(free, x)
+    least = rewire.budgeted(rewire.plan(model, x), model, 0, x).budget
+    assert least is not None
+    assert least.peak_bytes < 0.7 * plain
+    operations = [least.operations]
+    for share in (1.0, 0.7, (0.7 + least.peak_bytes / plain) / 2):
+        rev = rewire.make_reversible(model, x, budget=share, check="raise")
+        found = plan_of(rev).budget
+        assert found is not None
+        measured = rewire.profile(rev, x).peak_bytes
+        assert measured <= share * plain * 1.02
+        assert measured == pytest.approx(found.peak_bytes, rel=0.03)
+        for one, other in zip(gradients(rev, x), expected, strict=True):
+            assert torch.equal(one, other)
+        operations.append(found.operations)
+    assert operations[1] <= operations[2] <= operations[3] <= operations[0]
+    assert operations[1] < 1.1  # nearly all of it fits
+
+
+def test_bytes_are_those_of_the_whole_step() -> None:
+    model, x = vit()
+    plan = rewire.plan(model, x)
+    by_share = rewire.budgeted(plan, model, 0.4, x, optimizer=torch.optim.SGD).budget
+    assert by_share is not None
+    words = f"{by_share.standing_bytes + by_share.limit_bytes}B"
+    by_bytes = rewire.budgeted(plan, model, words, x, optimizer=torch.optim.SGD).budget
+    assert by_bytes == replace(by_share, asked=words)
+    adam = rewire.budgeted(plan, model, 0.4, x).budget
+    assert adam is not None
+    assert adam.standing_bytes > by_share.standing_bytes
+
+
+def test_inputs_need_no_memory() -> None:
+    model, x = vit()
+    plan = rewire.plan(model, x)
+    meta = rewire.budgeted(plan, model, 0.4, torch.empty_like(x, device="meta"))
+    assert meta == rewire.budgeted(plan, model, 0.4, x)
+
+
+def test_below_reversing_branches_run_in_parts() -> None:
+    model, _ = vit()
+    x = torch.randn(8, 3, 224, 224)
+    plan = rewire.plan(model, x)
+    reversed_ = rewire.estimate(rewire.make_reversible(model, plan=plan), x).peak_bytes
+    budget = rewire.estimate(model, x).total_bytes  # of Adam and all
+    whole = rewire.budgeted(plan, model, 1.0, x).budget
+    assert whole is not None
+    words = f"{whole.standing_bytes + int(0.8 * reversed_)}B"
+    found = rewire.budgeted(plan, model, words, x)
+    assert found.chains[0].chunks > 1
+    assert found.budget is not None
+    assert found.budget.peak_bytes + found.budget.standing_bytes < budget
+    rev = rewire.make_reversible(model.eval(), plan=found)
+    assert rewire.profile(rev, x).peak_bytes <= 0.82 * reversed_
+
+
+def test_too_little_is_told_with_the_least() -> None:
+    model, x = vit()
+    with pytest.raises(rewire.RewireError, match=r"one step takes .* at least, 0\.\d+ of the"):
+        rewire.make_reversible(model, x, budget="30MB")
+    with pytest.raises(ValueError, match="budget=-1"):
+        rewire.make_reversible(model, x, budget=-1)
+    with pytest.raises(ValueError, match="no amount of memory"):
+        rewire.make_reversible(model, x, budget="much")
+    with pytest.raises(rewire.RewireError, match="example_inputs"):
+        rewire.make_reversible(model, budget=0.5)
+
+
+def test_a_search_that_trusts_its_pieces_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that say they keep nothing: the runs that check a choice find its true peak."""
+    model, x = vit()
+    plan = rewire.plan(model, x)
+    original = budgets._Search._options
+
+    def light(self: object, name: str, parts: int | None) -> object:
+        return (option._replace(kept=0, beside=0) for option in original(self, name, parts))
+
+    monkeypatch.setattr(budgets._Search, "_options", light)
+    found = rewire.budgeted(plan, model, 0.4, x).budget
+    assert found is not None
+    assert found.peak_bytes <= found.limit_bytes
+
+
+def rich_text(plan: dict[str, Any]) -> str:
+    shown = console(io.StringIO())
+    shown.print(plan_tree(rewire.Plan.from_dict({k: v for k, v in plan.items() if k != "source"})))
+    return shown.file.getvalue()
+
+
+def test_the_command_line_keeps_to_a_budget(tmp_path: Path) -> None:
+    name, out = "timm/vit_tiny_patch16_224", tmp_path / "rev.pt"
+    shape = ["--input-shape", "2,3,224,224", "--budget", "0.3"]
+    shown = CliRunner().invoke(app, ["inspect", name, *shape, "--json"])
+    plan = json.loads(shown.stdout)
+    assert plan["budget"]["peak_bytes"] <= plan["budget"]["limit_bytes"]
+    assert set(plan["chains"][0]["ways"]) <= {"reverse", "checkpoint", "store"}
+    text = rich_text(plan)
+    assert "budget 0.3" in text
+    assert "checkpointed" in text
+    done = CliRunner().invoke(app, ["convert", name, "-o", str(out), *shape])
+    assert done.exit_code == 0, done.output
+    kept = plan_of(rewire.load(out))
+    assert json.loads(json.dumps(kept.to_dict()))["budget"] == plan["budget"]
+    for wrong in (["--budget", "0.3"], [*shape[:2], "--budget", "lots"]):
+        refused = CliRunner().invoke(app, ["inspect", name, *wrong])
+        assert refused.exit_code == 2
+        assert "--budget" in refused.output

@@ -6,7 +6,7 @@ Random generators and autocast.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -43,12 +43,13 @@ def same_rng_states(a: RngStates, b: RngStates) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[index], b[index]) for index in a)
 
 
-@contextmanager
-def replayed_rng(states: RngStates | None) -> Iterator[None]:
+def replayed_rng(states: RngStates | None) -> AbstractContextManager[None]:
     """Run with the generators at `states`; afterwards they are as if nothing had run."""
-    if states is None:
-        yield
-        return
+    return nullcontext() if states is None else _replayed_rng(states)
+
+
+@contextmanager
+def _replayed_rng(states: RngStates) -> Iterator[None]:
     current = rng_states(index for index in states if index >= 0)
     set_rng_states(states)
     try:
@@ -57,9 +58,15 @@ def replayed_rng(states: RngStates | None) -> Iterator[None]:
         set_rng_states(current)
 
 
-@contextmanager
-def replayed_generators(states: Sequence[tuple[torch.Generator, Tensor]]) -> Iterator[None]:
+def replayed_generators(
+    states: Sequence[tuple[torch.Generator, Tensor]],
+) -> AbstractContextManager[None]:
     """Run with a branch's own generators as they were; afterwards as if nothing had run."""
+    return _replayed_generators(states) if states else nullcontext()
+
+
+@contextmanager
+def _replayed_generators(states: Sequence[tuple[torch.Generator, Tensor]]) -> Iterator[None]:
     current = [(generator, generator.get_state()) for generator, _ in states]
     try:
         for generator, state in states:

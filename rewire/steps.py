@@ -104,12 +104,13 @@ class Record:
 
     def catching(self) -> Hooks:
         """Hooks that keep what is saved, for `take`."""
-        caught = self.caught
+        caught, metas = self.caught, self.metas
         caught.clear()
 
         def pack(tensor: Tensor) -> None:
             number = len(caught)
-            self._compare(number, tensor)
+            if number < len(metas) and (tensor.shape, tensor.dtype) != metas[number]:
+                raise self._another(number, tensor)
             caught[number] = tensor.detach(), version(tensor)
 
         return Hooks(pack, never)
@@ -132,10 +133,11 @@ class Record:
 
     def take(self, number: int) -> Tensor | None:
         """Give a caught tensor away; it lives on for as long as its taker holds it."""
-        if number not in self.caught:
+        found = self.caught.pop(number, None)
+        if found is None:
             handed = self.handed.get(number)
             return None if handed is None else handed()
-        tensor, saved = self.caught.pop(number)
+        tensor, saved = found
         if version(tensor) != saved:
             raise NotRepeatable(
                 f"{self.name}: a tensor {list(tensor.shape)} that backward needs was changed in "
@@ -145,12 +147,10 @@ class Record:
         self.handed[number] = weakref.ref(tensor)
         return tensor
 
-    def _compare(self, number: int, tensor: Tensor) -> None:
-        found = (tensor.shape, tensor.dtype)
-        if number < len(self.metas) and found != self.metas[number]:
-            shape, dtype = self.metas[number]
-            was, now = f"{list(shape)} {dtype}", f"{list(tensor.shape)} {tensor.dtype}"
-            raise NotRepeatable(self._changed(f"{now} as tensor {number}, not {was}"))
+    def _another(self, number: int, tensor: Tensor) -> NotRepeatable:
+        shape, dtype = self.metas[number]
+        was, now = f"{list(shape)} {dtype}", f"{list(tensor.shape)} {tensor.dtype}"
+        return NotRepeatable(self._changed(f"{now} as tensor {number}, not {was}"))
 
     def _changed(self, what: str) -> str:
         return (

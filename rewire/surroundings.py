@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from rewire.holdings import (
     Flags,
     Held,
     Holdings,
+    changed_flag,
     changed_parameter,
     replayed_buffers,
     replayed_flags,
@@ -57,14 +58,21 @@ class Surroundings:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Run in them again, always with gradients: some modules compute something else without."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(replayed_autocast(self.autocast))
-            stack.enter_context(replayed_tensors(self.held))
-            stack.enter_context(replayed_buffers(self.buffers))
-            stack.enter_context(replayed_attributes(self.attributes))
-            stack.enter_context(replayed_flags(self.flags))
+        with torch.enable_grad(), replayed_autocast(self.autocast), ExitStack() as stack:
+            for context in self._differing():
+                stack.enter_context(context)
             yield
+
+    def _differing(self) -> Iterator[AbstractContextManager[None]]:
+        """What puts the modules' holdings back; mostly there is nothing to put back."""
+        if any(h.registry.get(h.name) is not h.tensor for h in self.held):
+            yield replayed_tensors(self.held)
+        if self.buffers:
+            yield replayed_buffers(self.buffers)
+        if self.attributes:
+            yield replayed_attributes(self.attributes)
+        if changed_flag(self.flags) is not None:
+            yield replayed_flags(self.flags)
 
     def changed(self) -> str | None:
         """What was changed since, so that a rerun would not repeat the run; a whole sentence."""

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rewire import drift
+from rewire.compiling import Compile
+from rewire.compiling import checked as compilable
 from rewire.coupling import Coupling, Re2
 from rewire.cuts import Chunks, checked
 from rewire.errors import RewireError, StreamMismatch
@@ -58,6 +60,7 @@ class Course:
         stored: Run by ordinary autograd, with activations stored.
         chunks: Into how many parts its branches are cut; see `rewire.make_reversible`.
         ways: What backward does at each site, see `rewire.Chain`; empty: all are reversed.
+        compile: Whether, and how, its branches are compiled; see `rewire.make_reversible`.
         grid: Where its streams stand, from run to run.
     """
 
@@ -69,6 +72,7 @@ class Course:
     stored: bool = False
     chunks: Chunks = 1
     ways: tuple[str, ...] = ()
+    compile: Compile = False
     run: _Run = field(default_factory=_Run, repr=False)
     drift: drift.Chain = field(init=False, repr=False)
     grid: Grid = field(default_factory=Grid, repr=False)
@@ -84,6 +88,7 @@ class Course:
         if self.ways and (len(self.ways) != len(self.sites) or not set(self.ways) <= set(WAYS)):
             words = ", ".join(map(repr, WAYS))
             raise ValueError(f"ways={self.ways!r}: one of {words} for each of {len(self.sites)}.")
+        self.compile = compilable(self.compile)
         self.drift = drift.Chain(self.name, check)
         self._refuse_gain()
         if self.precision == "fast":

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from rewire.budgets import budgeted
+from rewire.compiling import Compile
 from rewire.coupling import Coupling
 from rewire.cuts import Chunks
 from rewire.planning import coupled
@@ -29,6 +30,7 @@ def make_reversible(
     trunk: str = "identity",
     outside: str = "store",
     budget: str | float | None = None,
+    compile: Compile = False,
     include: Sequence[str] | str = (),
     exclude: Sequence[str] | str = (),
 ) -> nn.Module:
@@ -66,6 +68,11 @@ def make_reversible(
             is checkpointed outside, and how many parts are run, is then chosen so that the step
             is as fast as that allows. `example_inputs` must be of the size that will be trained
             on. See `rewire.budgeted`.
+        compile: Compile the branches with `torch.compile`: True, or its keyword arguments
+            (`{"mode": "max-autotune"}`). Branches of the same code are compiled once, without
+            graph breaks; what cannot be runs as it is, with a warning. Each shape takes a
+            compilation. No second derivatives, as with any compiled code. It is not part of
+            the plan, nor of files.
         include: As for `rewire.plan`.
         exclude: As for `rewire.plan`.
 
@@ -92,4 +99,4 @@ def make_reversible(
     plan = coupled(plan, coupling, precision, chunks)
     if budget is not None and plan.chains:
         plan = budgeted(plan, model, budget, example_inputs)
-    return rewritten(model, plan, coupling, check)
+    return rewritten(model, plan, coupling, check, compile)

@@ -16,6 +16,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.classes import original_class
+from rewire.compiling import Compile, compiled
 from rewire.cutting import Cutting
 from rewire.errors import CannotTrace
 from rewire.extraction import Program
@@ -40,8 +41,9 @@ _MOST_PROGRAMS = 64
 class HomeBranch:
     """A residual branch of a home: the tape's view of its code."""
 
-    def __init__(self, home: nn.Module, code: BranchCode) -> None:
+    def __init__(self, home: nn.Module, code: BranchCode, how: Compile = False) -> None:
         self.name = code.name
+        self._function = compiled(code.function, how)
         self.home = home
         self.code = code
         self.holdings = Holdings()
@@ -54,7 +56,7 @@ class HomeBranch:
 
     def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
         """Run the branch's code on its home."""
-        return Output(*self.code.function(self.home, x, *sides))
+        return Output(*self._function(self.home, x, *sides))
 
     def refresh(self) -> None:
         """Look at the modules of the home again."""
@@ -251,14 +253,18 @@ class HomeState:
         """The program's branches and normalisations on this home."""
         bound = self.bound.get(program)
         if bound is None or (bound.branches and bound.branches[0].home is not home):
-            branches = tuple(HomeBranch(home, code) for code in program.branches)
+            owners = [self.places[number][0] for number in program.numbers]
+            courses = [self.chains[owner].course for owner in owners]
+            branches = tuple(
+                HomeBranch(home, code, course.compile)
+                for code, course in zip(program.branches, courses, strict=True)
+            )
             norms, heads = (
                 tuple(NormBranch(HomeBranch(home, code)) if code else None for code in codes)
                 for codes in (program.norms, program.head_norms)
             )
             bound = Bound(branches, norms, heads)
             self.bound[program] = bound
-            owners = [self.places[number][0] for number in program.numbers]
             for number, chain in enumerate(self.chains):
                 pairs = zip(owners, branches, strict=True)
                 chain.branches = [branch for owner, branch in pairs if owner == number]

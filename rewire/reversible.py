@@ -7,6 +7,7 @@ saved-tensor hooks, see `rewire.tape`.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire.arithmetic import Coupled
+from rewire.compiling import Compile, compiled, copied
 from rewire.coupling import Coupling, coupling_from
 from rewire.cuts import Chunks, dense
 from rewire.cutting import Cutting
@@ -30,9 +32,15 @@ class ModuleBranch:
     """A branch that is one module or function of the stream and the side inputs."""
 
     def __init__(
-        self, name: str, owner: nn.Module, key: str, function: Callable[..., Tensor]
+        self,
+        name: str,
+        owner: nn.Module,
+        key: str,
+        function: Callable[..., Tensor],
+        how: Compile = False,
     ) -> None:
         self.name = name
+        self._how = how
         self.holdings = Holdings()
         self.cutting = Cutting()
         self._owner, self._key = owner, key
@@ -50,7 +58,10 @@ class ModuleBranch:
 
     def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
         """F(x, *sides)."""
-        return Output(self.function(x, *sides), None, ())
+        function = self.function
+        kind: Any = type(function)
+        call = compiled(_calling(kind), self._how) if self._how else _call
+        return Output(call(function, x, *sides), None, ())
 
     def refresh(self) -> None:
         """Look at the module again."""
@@ -59,6 +70,16 @@ class ModuleBranch:
 
     def __repr__(self) -> str:
         return repr(self.function)
+
+
+@functools.lru_cache(maxsize=256)
+def _calling(_: Any) -> Callable[..., Tensor]:
+    """A function that calls its first argument: one for each class of these, to be compiled."""
+    return copied(_call)
+
+
+def _call(function: Callable[..., Tensor], x: Tensor, *sides: Any) -> Tensor:
+    return function(x, *sides)
 
 
 class ReversibleSequential(nn.Module):
@@ -74,6 +95,7 @@ class ReversibleSequential(nn.Module):
         precision: As for `rewire.make_reversible`.
         check: As for `rewire.make_reversible`.
         chunks: As for `rewire.make_reversible`.
+        compile: As for `rewire.make_reversible`.
         name: The chain's name in messages.
 
     Shape: input [*S], output [*S]. The streams are float32 or float64; input and output are
@@ -99,6 +121,7 @@ class ReversibleSequential(nn.Module):
         precision: str = "exact",
         check: str = "warn",
         chunks: Chunks = 1,
+        compile: Compile = False,
         name: str = "",
     ) -> None:
         super().__init__()
@@ -110,9 +133,10 @@ class ReversibleSequential(nn.Module):
             if isinstance(function, nn.Module):
                 self.add_module(str(index), function)
             full = f"{name}.{index}".lstrip(".")
-            self.branches.append(ModuleBranch(full, self, str(index), function))
+            self.branches.append(ModuleBranch(full, self, str(index), function, compile))
         sites = tuple(branch.name for branch in self.branches)
-        self.course = Course(name, sites, coupling_from(coupling), precision, check, chunks=chunks)
+        how: Any = {"chunks": chunks, "compile": compile}
+        self.course = Course(name, sites, coupling_from(coupling), precision, check, **how)
 
     def forward(self, x: Tensor, *sides: Any) -> Tensor:
         """The mean of both streams after the last module.

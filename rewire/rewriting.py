@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from rewire.classes import original_class
+from rewire.compiling import Compile
 from rewire.coupling import Coupling, coupling_from
 from rewire.errors import NothingToRewire, RewireError
 from rewire.homes import is_home, rewired_class
@@ -27,7 +29,11 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def rewritten(
-    model: nn.Module, plan: Plan, coupling: str | Coupling | None = None, check: str = "warn"
+    model: nn.Module,
+    plan: Plan,
+    coupling: str | Coupling | None = None,
+    check: str = "warn",
+    compile: Compile = False,
 ) -> nn.Module:
     """Carry out a plan, see `rewire.make_reversible`.
 
@@ -36,6 +42,7 @@ def rewritten(
         plan: What to do.
         coupling: The object, where the plan has its spelling only.
         check: As for `make_reversible`.
+        compile: As for `make_reversible`.
     """
     refuse_unfit(model)
     if not plan.chains:
@@ -43,7 +50,8 @@ def rewritten(
     _check(model, plan)
     copies = _copied(model)
     rev = copies[id(model)]
-    _install(rev, plan, coupling, check)
+    courses = [_course(chain, coupling, check, compile) for chain in plan.chains]
+    _install(rev, plan, courses)
     for row in plan.outside:
         install(rev, Stretch(row))
     rev.__dict__["_rewire_plan"] = plan
@@ -193,10 +201,9 @@ def _unfit(model: nn.Module, plan: Plan, name: str, names: set[str]) -> str:
     return unfit(model.get_submodule(name))
 
 
-def _install(rev: nn.Module, plan: Plan, coupling: str | Coupling | None, check: str) -> None:
+def _install(rev: nn.Module, plan: Plan, courses: Sequence[Course]) -> None:
     """Turn the homes of a copied model into rewired ones."""
     homes = modules_by_home(plan.chains)
-    courses = [_course(chain, coupling, check) for chain in plan.chains]
     trunks = trunk_of(plan.chains)
     for name, residuals in homes.items():
         home = rev.get_submodule(name)
@@ -222,11 +229,11 @@ def _install(rev: nn.Module, plan: Plan, coupling: str | Coupling | None, check:
         _register(home, chains)
 
 
-def _course(chain: Chain, coupling: str | Coupling | None, check: str) -> Course:
+def _course(chain: Chain, coupling: str | Coupling | None, check: str, compile: Compile) -> Course:
     """A chain at run time."""
     sites = tuple(residual.name for residual in chain)
     found = coupling_from(chain.coupling if coupling is None else coupling)
-    how: Any = {"chunks": chain.chunks, "ways": chain.ways}
+    how: Any = {"chunks": chain.chunks, "ways": chain.ways, "compile": compile}
     return Course(chain.name, sites, found, chain.precision, check, **how)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -114,3 +116,116 @@ def test_a_jit_trace_is_refused_in_words() -> None:
     rev = rewire.make_reversible(Loop(Block, 3).double(), rows()).eval()
     with pytest.raises(rewire.RewireError, match=r"Use torch\.export"):
         torch.jit.trace(rev, rows())
+
+
+# ---- compiled branches -------------------------------------------------------------------
+
+AOT = {"backend": "aot_eager"}
+
+
+def graphs() -> int:
+    """Graphs compiled since dynamo was reset."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_equal_branches_are_compiled_once(precision: str) -> None:
+    torch.manual_seed(0)
+    model, x = Loop(Block).double(), rows().requires_grad_()
+    rev = rewire.make_reversible(model, x, precision=precision)
+    expected = gradients(rev, rev, x)
+    torch._dynamo.utils.counters.clear()
+    built = rewire.make_reversible(model, x, precision=precision, check="raise", compile=AOT)
+    assert distance(gradients(built, built, x), expected) < TOLERANCE
+    assert graphs() == 2  # for two residual modules in each of the blocks
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert distance(gradients(built, built, x), expected) < TOLERANCE
+    assert graphs() == 2
+    with rewire.store_activations(built):
+        stored = gradients(built, built, x)
+    assert distance(stored, gradients(built, built, x)) <= TOLERANCE * (precision == "fast")
+
+
+def test_a_sequential_of_compiled_branches() -> None:
+    torch.manual_seed(0)
+    x = rows().requires_grad_()
+    branches = [branch.double() for n in range(5) for branch in (mlp(), nn.Linear(DIM, DIM))]
+    plain = ReversibleSequential(branches)
+    torch._dynamo.utils.counters.clear()
+    net = ReversibleSequential(branches, compile=AOT, check="raise")
+    assert distance(gradients(net, net, x), gradients(plain, plain, x)) < TOLERANCE
+    assert graphs() == 2
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    assert distance(gradients(twin, twin, x), gradients(plain, plain, x)) < TOLERANCE
+
+
+def test_dropout_is_drawn_again_by_compiled_branches() -> None:
+    torch.manual_seed(0)
+    x = rows().requires_grad_()
+    net = ReversibleSequential(
+        [nn.Sequential(mlp(), nn.Dropout(0.5)).double() for _ in range(4)],
+        compile=AOT,
+        check="raise",
+    )
+    torch.manual_seed(1)
+    found = gradients(net, net, x)
+    torch.manual_seed(1)
+    with rewire.store_activations(net):
+        assert distance(gradients(net, net, x), found) == 0
+
+
+def test_inductor_repeats_its_bits() -> None:
+    """What is compiled for good, with streams in parts and stored modules between."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 32, requires_grad=True)
+    block = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    net = ReversibleSequential([block] * 4, compile=True, chunks=2, check="raise")
+    net.course.ways = ("reverse", "store", "checkpoint", "reverse")
+    found = gradients(net, net, x)
+    with rewire.store_activations(net):
+        assert distance(gradients(net, net, x), found) == 0
+    plain = ReversibleSequential([block] * 4)
+    assert distance(gradients(plain, plain, x), found) < 1e-4
+
+
+def test_what_cannot_be_compiled_runs_as_it_is() -> None:
+    class Breaks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    x = rows().requires_grad_()
+    branches = [Breaks(DIM, DIM).double() for _ in range(3)]
+    net = ReversibleSequential(branches, compile=AOT, check="raise")
+    with pytest.warns(UserWarning, match="runs as it is, for it cannot be compiled"):
+        found = gradients(net, net, x)
+    plain = ReversibleSequential(branches)
+    assert distance(found, gradients(plain, plain, x)) == 0
+
+
+def test_too_many_compilations_are_an_error_not_other_bits() -> None:
+    net = ReversibleSequential([nn.Linear(DIM, DIM).double()] * 2, compile=AOT)
+    inputs = [torch.randn(n, DIM, dtype=torch.float64, requires_grad=True) for n in (2, 3)]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        net(inputs[0])
+        with pytest.raises(rewire.RewireError, match="recompile_limit"):
+            net(inputs[1])
+
+
+def test_a_compiled_model_around_compiled_branches() -> None:
+    rev, x, expected = rewired()
+    built = rewire.make_reversible(Loop(Block).double(), x, compile=AOT, check="raise")
+    built.load_state_dict(rev.state_dict())
+    around = torch.compile(built, backend="aot_eager")
+    assert distance(gradients(around, built, x), expected) < TOLERANCE
+
+
+def test_estimates_compile_nothing() -> None:
+    torch._dynamo.utils.counters.clear()
+    x = rows()
+    built = rewire.make_reversible(Loop(Block).double(), x, compile=AOT)
+    assert rewire.estimate(built, x).peak_bytes > 0
+    assert graphs() == 0
+    with pytest.raises(ValueError, match="compile="):
+        ReversibleSequential([nn.Linear(DIM, DIM)], compile="yes")

@@ -9,6 +9,7 @@ offload           torch.autograd.graph.save_on_cpu
 memcnn, revlib, revtorch, reformer, momentumnet    reversible libraries, for stacks of blocks
 rewire            make_reversible
 rewire-2, -4, -8, -auto    the same with `chunks=`
+rewire-compile    the same with `compile=True`
 budget-checkpoint, ...     the same with `budget=` that way's measured peak
 
 A library gets the stack's branches, F and G by turns, on two streams that both begin as the input
@@ -266,9 +267,11 @@ def momentumnet(subject: Subject) -> nn.Module:
 # ---- rewire --------------------------------------------------------------------------------
 
 
-def rewired(subject: Subject, chunks: int | str | None = None) -> nn.Module:
-    """Two streams, branches run in parts where asked."""
-    return rewire.make_reversible(subject.model, subject.x, chunks=chunks)
+def rewired(
+    subject: Subject, chunks: int | str | None = None, *, compile: bool = False
+) -> nn.Module:
+    """Two streams, branches run in parts, or compiled, where asked."""
+    return rewire.make_reversible(subject.model, subject.x, chunks=chunks, compile=compile)
 
 
 def budgeted(subject: Subject, rival: str) -> nn.Module:
@@ -289,6 +292,7 @@ COMPILED: dict[str, Callable[[Subject], nn.Module]] = {
     "compile": compiled,
     "compile-0.5": partial(compiled, budget=0.5),
     "compile-0": partial(compiled, budget=0.0),
+    "rewire-compile": partial(rewired, compile=True),
 }
 LIBRARIES: dict[str, Callable[[Subject], nn.Module]] = {
     "memcnn": memcnn,

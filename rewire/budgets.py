@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rewire.accounting import Optimizer, standing
 from rewire.errors import RewireError
 from rewire.estimation import place_of_estimate
-from rewire.inputs import as_example, mapped
+from rewire.inputs import as_example, without_memory
 from rewire.outside import checkpointed
 from rewire.plans import Budget, Plan
 from rewire.profiling import TrainingStep
@@ -64,8 +64,7 @@ def budgeted(
             parameters, gradients, the optimizer's state, the inputs, and the most that is
             alive beside these. Or a number from 0 to 1: a share of the activations of the
             original's step at its peak; 0 is the least that there is.
-        example_inputs: As for `rewire.plan`, of the size that will be trained on. Tensors on the
-            meta device do.
+        example_inputs: As for `rewire.plan`, of the size that will be trained on.
         device: "cpu" or "cuda"; that of the parameters where none is given.
         optimizer: Whose state is counted: a class of `torch.optim`, or a function that makes one
             of a list of parameters; None counts none.
@@ -83,9 +82,10 @@ def budgeted(
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=4)
         >>> images = torch.zeros(8, 3, 224, 224, device="meta")
         >>> plan = rewire.budgeted(rewire.plan(model, images), model, 0.5, images)
-        >>> plan.chains[0].ways
+        >>> plan.budget.peak_bytes <= plan.budget.limit_bytes
+        True
     """
-    example = as_example(example_inputs)
+    example = without_memory(as_example(example_inputs))
     place = place_of_estimate(model, device)
     step = TrainingStep(model, example.args, example.kwargs)
     there = sum(standing(model, step.tensors, optimizer))
@@ -93,7 +93,6 @@ def budgeted(
         trial.run()  # what is made once (tables, masks) is no cost of a step
         plain = trial.run().peak
     limit = _limit(budget, there, plain)
-    example = mapped(example, _standing_in)
     rows = checkpointed(model, example, plan.chains, lambda _, module: bool(unfit(module)))
     whole = [replace(chain, ways=(), chunks=1) for chain in plan.chains]
     plan = replace(plan, chains=whole, outside=rows)
@@ -113,13 +112,6 @@ def budgeted(
         least.operations,
     )
     return replace(choice.applied(plan), budget=found)
-
-
-def _standing_in(tensor: Tensor) -> Tensor:
-    """For a tensor on the meta device one of its shape that takes no memory to speak of."""
-    if not tensor.is_meta:
-        return tensor
-    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _limit(budget: str | float, there: int, plain: int) -> int | None:

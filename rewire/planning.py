@@ -20,7 +20,7 @@ from rewire.dataflow import Call, Watched
 from rewire.drafts import name_residuals
 from rewire.errors import CannotLink, CannotTrace, RewireError
 from rewire.extraction import Program, extract, forms_of
-from rewire.inputs import Example, as_example, example_for, one_more
+from rewire.inputs import Example, as_example, example_for, one_more, without_memory
 from rewire.isolation import own_surroundings, training_mode
 from rewire.links import PRECISIONS
 from rewire.outside import CHOICES, checkpointed
@@ -58,7 +58,8 @@ def plan(
         model: Any module. Its training flags, buffers, hooks and gradients stay as they are, and
             so do the random generators.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword
-            arguments. May be left out for models that take an image, a video, or token ids.
+            arguments; on the meta device they take no memory, and zeros stand for them. May
+            be left out for models that take an image, a video, or token ids.
             Nothing of it (batch, size, dtype, device) is burned in.
         coupling: As for `rewire.make_reversible`.
         precision: As for `rewire.make_reversible`.
@@ -86,6 +87,7 @@ def plan(
     """
     _check_choices(trunk=trunk, granularity=granularity, precision=precision, outside=outside)
     example = example_for(model) if example_inputs is None else as_example(example_inputs)
+    example = without_memory(example)
     globs = _Globs(_tuple(include), _tuple(exclude))
     with uncached_autocast():
         watched = watch(model, example.args, example.kwargs)

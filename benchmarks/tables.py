@@ -38,7 +38,7 @@ def _one(rows: Iterable[Cell]) -> str:
     what = f"{first['what']}{depth} on {first['input'].replace('x', ' × ')}"
     lines = [HEAD.format(what=what, dtype=first["dtype"], device=first["device"]).rstrip()]
     for row in rows:
-        name = f"**{row['way']}**" if row["way"].startswith("rewire") else row["way"]
+        name = f"**{row['way']}**" if row["way"].startswith(("rewire", "budget")) else row["way"]
         if not row["peak_mib"]:
             lines.append(f"| {name} | {row['note']} | | |")
             continue

@@ -24,6 +24,7 @@ from rewire.errors import RewireError
 from rewire.estimation import place_of_estimate
 from rewire.inputs import as_example, without_memory
 from rewire.outside import checkpointed
+from rewire.planning import matches
 from rewire.plans import Budget, Plan
 from rewire.profiling import TrainingStep
 from rewire.rewriting import rewritten
@@ -51,11 +52,13 @@ def budgeted(
     *,
     device: str | torch.device | None = None,
     optimizer: Optimizer | None = torch.optim.Adam,
+    exclude: Sequence[str] | str = (),
 ) -> Plan:
     """A plan whose training step stays within a budget of memory, and is as fast as that allows.
 
     What it computes is what `plan` computes; where that says how many parts its branches run in,
-    or what is checkpointed, this is chosen anew.
+    or what is checkpointed, this is chosen anew. Bytes and operations are estimated as by
+    `rewire.estimate`, in the dtype of the parameters: under autocast there is more room.
 
     Args:
         plan: What `rewire.plan` gave.
@@ -68,6 +71,7 @@ def budgeted(
         device: "cpu" or "cuda"; that of the parameters where none is given.
         optimizer: Whose state is counted: a class of `torch.optim`, or a function that makes one
             of a list of parameters; None counts none.
+        exclude: Globs of modules outside of the chains that are not to be checkpointed.
 
     Returns:
         The plan, with `ways` and `chunks` of its chains, what is checkpointed outside of them, and
@@ -93,7 +97,12 @@ def budgeted(
         trial.run()  # what is made once (tables, masks) is no cost of a step
         plain = trial.run().peak
     limit = _limit(budget, there, plain)
-    rows = checkpointed(model, example, plan.chains, lambda _, module: bool(unfit(module)))
+    globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+
+    def refuse(name: str, module: nn.Module) -> bool:
+        return matches(name, globs) or bool(unfit(module))
+
+    rows = checkpointed(model, example, plan.chains, refuse)
     whole = [replace(chain, ways=(), chunks=1) for chain in plan.chains]
     plan = replace(plan, chains=whole, outside=rows)
     with on_trial(rewritten(model, plan, check="off"), example, place) as trial:
@@ -254,7 +263,7 @@ class Choice:
         """A plan that runs so."""
         chains = []
         for chain in plan.chains:
-            ways = tuple(self.ways[residual.name] for residual in chain)
+            ways = tuple(self.ways.get(residual.name, "reverse") for residual in chain)
             said = ways if set(ways) != {"reverse"} else ()
             chains.append(replace(chain, ways=said, chunks=self.chunks[chain.name]))
         rows = [row for row in plan.outside if self.ways.get(row.modules[0]) != "store"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rewire.plans import Plan
 from rewire.report import progress
@@ -80,7 +80,8 @@ def planned(source: Source, request: Request, example: Example | None = None) ->
     from rewire.budgets import budgeted
 
     with progress("Choosing within the budget"):
-        return budgeted(found, source.module, request.budget, example, device=request.device)
+        how: Any = {"device": request.device, "exclude": request.exclude}
+        return budgeted(found, source.module, request.budget, example, **how)
 
 
 def convert(

@@ -98,5 +98,5 @@ def make_reversible(
         plan = make_plan(model, example_inputs, include=include, exclude=exclude, **chosen)
     plan = coupled(plan, coupling, precision, chunks)
     if budget is not None and plan.chains:
-        plan = budgeted(plan, model, budget, example_inputs)
+        plan = budgeted(plan, model, budget, example_inputs, exclude=exclude)
     return rewritten(model, plan, coupling, check, compile)

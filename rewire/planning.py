@@ -113,7 +113,7 @@ def plan(
         return plan
 
     def refuse(name: str, module: nn.Module) -> bool:
-        return _matches(name, globs.exclude) or bool(unfit(module))
+        return matches(name, globs.exclude) or bool(unfit(module))
 
     return replace(plan, outside=checkpointed(model, example, plan.chains, refuse))
 
@@ -245,15 +245,15 @@ class _Globs(NamedTuple):
     def choose(self, residual: Residual) -> bool:
         """Whether a residual module is to be rewired."""
         names = residual.name, residual.home
-        out = any(_matches(name, self.exclude) for name in names)
-        return not out and (not self.include or any(_matches(n, self.include) for n in names))
+        out = any(matches(name, self.exclude) for name in names)
+        return not out and (not self.include or any(matches(n, self.include) for n in names))
 
 
 def _tuple(value: Sequence[str] | str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _matches(name: str, globs: Iterable[str]) -> bool:
+def matches(name: str, globs: Iterable[str]) -> bool:
     """Whether a qualified name, or a module above it, matches one of the globs."""
     parts = name.split(".")
     above = [".".join(parts[: n + 1]) for n in range(len(parts))]
@@ -267,7 +267,7 @@ def _check_globs(
     drafts = name_residuals(watched, found)
     names = {name for d in drafts for name in (d.residual.name, d.residual.home)}.union(others)
     for glob in globs:
-        if not any(_matches(name, [glob]) for name in names):
+        if not any(matches(name, [glob]) for name in names):
             near = difflib.get_close_matches(glob, sorted(names), 3, 0) or ["none"]
             raise RewireError(
                 f"{glob!r} matches no residual module (near it: {', '.join(near)}). Names are "

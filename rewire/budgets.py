@@ -12,6 +12,7 @@ the peak of what was chosen, and the choice is made again until that is within t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from rewire.accounting import Optimizer, standing
+from rewire.coupling import Coupling
 from rewire.errors import RewireError
 from rewire.estimation import place_of_estimate
 from rewire.inputs import as_example, without_memory
@@ -53,12 +55,14 @@ def budgeted(
     device: str | torch.device | None = None,
     optimizer: Optimizer | None = torch.optim.Adam,
     exclude: Sequence[str] | str = (),
+    coupling: str | Coupling | None = None,
 ) -> Plan:
     """A plan whose training step stays within a budget of memory, and is as fast as that allows.
 
     What it computes is what `plan` computes; where that says how many parts its branches run in,
     or what is checkpointed, this is chosen anew. Bytes and operations are estimated as by
-    `rewire.estimate`, in the dtype of the parameters: under autocast there is more room.
+    `rewire.estimate`, in the dtype of the parameters and of what is not compiled: under autocast
+    there is more room.
 
     Args:
         plan: What `rewire.plan` gave.
@@ -72,6 +76,7 @@ def budgeted(
         optimizer: Whose state is counted: a class of `torch.optim`, or a function that makes one
             of a list of parameters; None counts none.
         exclude: Globs of modules outside of the chains that are not to be checkpointed.
+        coupling: The object, where the plan has the spelling only of one of your own.
 
     Returns:
         The plan, with `ways` and `chunks` of its chains, what is checkpointed outside of them, and
@@ -105,7 +110,7 @@ def budgeted(
     rows = checkpointed(model, example, plan.chains, refuse)
     whole = [replace(chain, ways=(), chunks=1) for chain in plan.chains]
     plan = replace(plan, chains=whole, outside=rows)
-    with on_trial(rewritten(model, plan, check="off"), example, place) as trial:
+    with on_trial(rewritten(model, plan, coupling, "off"), example, place) as trial:
         choice, least = _Search(trial, plan).found(limit)
     limit = limit or choice.peak
     if choice.peak > limit:
@@ -129,7 +134,7 @@ def _limit(budget: str | float, there: int, plain: int) -> int | None:
         amount = float(budget)
     except ValueError:
         amount = bytes_of(str(budget))
-    if amount < 0:
+    if not (amount >= 0 and math.isfinite(amount)):
         raise ValueError(f"budget={budget!r}: give a share from 0 to 1, or bytes such as 8GB.")
     if amount > 1:
         return max(1, int(amount) - there)
@@ -139,7 +144,7 @@ def _limit(budget: str | float, there: int, plain: int) -> int | None:
 def _too_little(budget: str | float, least: int, plain: int, there: int) -> RewireError:
     """The error for a budget that nothing comes down to."""
     return RewireError(
-        f"budget={budget!r}: one step takes {human_bytes(least)} at least, "
+        f"budget={budget!r}: with everything reversed a step takes {human_bytes(least)}, "
         f"{least / max(1, plain):.3f} of the original's {human_bytes(plain)}, beside "
         f"{human_bytes(there)} of parameters, gradients, optimizer state and inputs: "
         f"{human_bytes(least + there)} together. Give that, or train on less at once: a smaller "

@@ -8,9 +8,11 @@ is not fused into it (a kernel that is fused otherwise rounds otherwise).
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from rewire.replay import transformed
 
 # What `compile=` may be: False, True, or keyword arguments of `torch.compile`.
 Compile = bool | Mapping[str, Any]
+
+_MOST = 256  # compilations of one code
+_PAIRS = object()
 
 
 def checked(given: Compile) -> Compile:
@@ -35,14 +40,6 @@ def checked(given: Compile) -> Compile:
     raise ValueError(f"compile={given!r}: True, False, or keyword arguments of torch.compile.")
 
 
-def compiled(function: Callable[..., Any], how: Compile) -> Callable[..., Any]:
-    """A function as compiled code; the same for the same function and options."""
-    if how is False:
-        return function
-    options = {} if how is True else how
-    return _compiled(function, tuple(sorted(options.items(), key=lambda item: item[0])))
-
-
 def copied(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with code of its own: compilations are kept by code, and so many for each."""
     assert isinstance(function, types.FunctionType)
@@ -50,22 +47,21 @@ def copied(function: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(code, function.__globals__, function.__name__)
 
 
-@functools.lru_cache(maxsize=1024)
-def _compiled(function: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> _Compiled:
-    return _Compiled(function, dict(options))
-
-
-class _Compiled:
-    """A function and its compiled twin.
+class Compiled:
+    """A function of one branch, and its compiled twin, which branches of the same code share.
 
     Where nothing can be compiled, on tensors without values and in transforms, it runs as it is. So
     it does for ever, with a warning, where its first compilation fails.
+
+    Args:
+        function: Of the branch.
+        how: What `compile=` was; not False.
     """
 
-    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    def __init__(self, function: Callable[..., Any], how: Compile) -> None:
         self._plain = function
-        how = {"fullgraph": True, "dynamic": False, **options}
-        self._compiled: Callable[..., Any] | None = torch.compile(function, **how)
+        options = dict(how) if isinstance(how, Mapping) else {}
+        self._compiled: Callable[..., Any] | None = _shared(function, _Options(_frozen(options)))
         self._ran = False
 
     def __call__(self, *args: Any) -> Any:
@@ -84,17 +80,54 @@ class _Compiled:
 
     def _failed(self, error: Exception) -> None:
         """Give up compiling, unless a run in forward waits for its rerun by compiled code."""
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = str(error.__cause__ or error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
         if self._ran:
             raise RewireError(
-                f"a branch that ran compiled cannot be compiled for what it is given now: {reason} "
-                "Every shape, dtype and mode takes a compilation; torch._dynamo.config."
-                "recompile_limit says how many there may be. Rewire without compile=, or raise it."
+                "a branch that ran compiled cannot be compiled for what it is given now, and its "
+                f"reruns need the code of their runs: {reason}. Rewire without compile=, or with "
+                'compile={"dynamic": True} where shapes are many.'
             ) from error
         self._compiled = None
         warnings.warn(
             f"a residual branch runs as it is, for it cannot be compiled: {reason}", stacklevel=2
         )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Keyword arguments of `torch.compile`, hashable."""
+
+    items: Any
+
+    def thawed(self) -> dict[str, Any]:
+        """As they were given."""
+        thawed: dict[str, Any] = _thawed(self.items)
+        return thawed
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared(function: Callable[..., Any], options: _Options) -> Callable[..., Any]:
+    """The compiled twin of a function: branches of the same code have the same."""
+    how = {"fullgraph": True, "dynamic": False, **options.thawed()}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        # One code serves all branches of a kind, in every shape and mode.
+        how.setdefault("recompile_limit", _MOST)
+    made: Callable[..., Any] = torch.compile(function, **how)
+    return made
+
+
+def _frozen(value: Any) -> Any:
+    """A mapping as a tuple of pairs, and so inside."""
+    if not isinstance(value, Mapping):
+        return value
+    return _PAIRS, *((key, _frozen(item)) for key, item in sorted(value.items()))
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, tuple) and value and value[0] is _PAIRS:
+        return {key: _thawed(item) for key, item in value[1:]}
+    return value
 
 
 def _of_compiler(error: Exception) -> bool:

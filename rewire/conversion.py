@@ -71,7 +71,7 @@ def planned(source: Source, request: Request, example: Example | None = None) ->
             chunks=request.chunks,
             granularity=request.granularity,
             trunk=request.trunk,
-            outside=request.outside,
+            outside=request.outside if request.budget is None else "checkpoint",
             include=request.include,
             exclude=request.exclude,
         )

@@ -129,7 +129,7 @@ class Course:
 
     def way(self, site: int) -> str:
         """What backward does at a site."""
-        return self.ways[site] if self.ways else WAYS[0]
+        return self.ways[site] if site < len(self.ways) else WAYS[0]
 
     def ran(self, site: int, alive: Tape | Tensor) -> None:
         """Note which residual module ran last in this thread, and what lives while it goes on."""

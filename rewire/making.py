@@ -45,7 +45,7 @@ def make_reversible(
             `torch.compile`) what is returned, not what goes in.
         example_inputs: As for `rewire.plan`.
         plan: A plan made before, to be carried out as it is; then only `coupling`, `precision`,
-            `chunks`, `budget` and `check` have an effect beside it.
+            `chunks`, `budget` (with `exclude`), `compile` and `check` have an effect beside it.
         coupling: The equation of the two streams, an object (`rewire.Consistent(1 / 4)`) or its
             spelling (`"consistent(1/4)"`); "re2", the paper's, by default. The nearer to the
             original's function, the more bits of correction are kept: see `rewire.coupling`.
@@ -94,9 +94,10 @@ def make_reversible(
     """
     refuse_unfit(model)
     if plan is None:
+        outside = outside if budget is None else "checkpoint"  # of these a budget chooses
         chosen = {"granularity": granularity, "trunk": trunk, "outside": outside}
         plan = make_plan(model, example_inputs, include=include, exclude=exclude, **chosen)
     plan = coupled(plan, coupling, precision, chunks)
     if budget is not None and plan.chains:
-        plan = budgeted(plan, model, budget, example_inputs, exclude=exclude)
+        plan = budgeted(plan, model, budget, example_inputs, exclude=exclude, coupling=coupling)
     return rewritten(model, plan, coupling, check, compile)

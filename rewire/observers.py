@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -12,22 +13,30 @@ Seen = TypeVar("Seen")
 # residual module, or of the first module of a stretch (of which nobody tells the end).
 Watcher = Callable[[str, str], None]
 
-_watchers: list[Watcher] = []
+
+class _Watchers(threading.local):
+    """Those of each thread: others may train models of their own."""
+
+    def __init__(self) -> None:
+        self.all: list[Watcher] = []
+
+
+_watchers = _Watchers()
 
 
 @contextmanager
 def watching_runs(watcher: Watcher) -> Iterator[None]:
-    """Have `watcher` called, until the context ends."""
-    _watchers.append(watcher)
+    """Have `watcher` called of what this thread runs, until the context ends."""
+    _watchers.all.append(watcher)
     try:
         yield
     finally:
-        _watchers.remove(watcher)
+        _watchers.all.remove(watcher)
 
 
 def tell(event: str, name: str) -> None:
-    """Tell all watchers."""
-    for watcher in _watchers:
+    """Tell all watchers of this thread."""
+    for watcher in _watchers.all:
         watcher(event, name)
 
 

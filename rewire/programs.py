@@ -16,7 +16,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rewire.classes import original_class
-from rewire.compiling import Compile, compiled
+from rewire.compiling import Compile, Compiled
 from rewire.cutting import Cutting
 from rewire.errors import CannotTrace
 from rewire.extraction import Program
@@ -43,7 +43,7 @@ class HomeBranch:
 
     def __init__(self, home: nn.Module, code: BranchCode, how: Compile = False) -> None:
         self.name = code.name
-        self._function = compiled(code.function, how)
+        self._function = code.function if how is False else Compiled(code.function, how)
         self.home = home
         self.code = code
         self.holdings = Holdings()

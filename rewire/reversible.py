@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire.arithmetic import Coupled
-from rewire.compiling import Compile, compiled, copied
+from rewire.compiling import Compile, Compiled, copied
 from rewire.coupling import Coupling, coupling_from
 from rewire.cuts import Chunks, dense
 from rewire.cutting import Cutting
@@ -41,6 +41,7 @@ class ModuleBranch:
     ) -> None:
         self.name = name
         self._how = how
+        self._compiled: Compiled | None = None
         self.holdings = Holdings()
         self.cutting = Cutting()
         self._owner, self._key = owner, key
@@ -58,10 +59,15 @@ class ModuleBranch:
 
     def __call__(self, x: Tensor, sides: Sequence[Any]) -> Output:
         """F(x, *sides)."""
-        function = self.function
-        kind: Any = type(function)
-        call = compiled(_calling(kind), self._how) if self._how else _call
-        return Output(call(function, x, *sides), None, ())
+        if self._how is False:
+            return Output(self.function(x, *sides), None, ())
+        if self._compiled is None:
+            kind: Any = type(self.function)
+            self._compiled = Compiled(_calling(kind), self._how)
+        return Output(self._compiled(self.function, x, *sides), None, ())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}
 
     def refresh(self) -> None:
         """Look at the module again."""
@@ -73,7 +79,7 @@ class ModuleBranch:
 
 
 @functools.lru_cache(maxsize=256)
-def _calling(_: Any) -> Callable[..., Tensor]:
+def _calling(_: object) -> Callable[..., Tensor]:
     """A function that calls its first argument: one for each class of these, to be compiled."""
     return copied(_call)
 
@@ -96,6 +102,7 @@ class ReversibleSequential(nn.Module):
         check: As for `rewire.make_reversible`.
         chunks: As for `rewire.make_reversible`.
         compile: As for `rewire.make_reversible`.
+        ways: What backward does at each branch, see `rewire.Chain`; all are reversed by default.
         name: The chain's name in messages.
 
     Shape: input [*S], output [*S]. The streams are float32 or float64; input and output are
@@ -122,6 +129,7 @@ class ReversibleSequential(nn.Module):
         check: str = "warn",
         chunks: Chunks = 1,
         compile: Compile = False,
+        ways: Sequence[str] = (),
         name: str = "",
     ) -> None:
         super().__init__()
@@ -135,7 +143,7 @@ class ReversibleSequential(nn.Module):
             full = f"{name}.{index}".lstrip(".")
             self.branches.append(ModuleBranch(full, self, str(index), function, compile))
         sites = tuple(branch.name for branch in self.branches)
-        how: Any = {"chunks": chunks, "compile": compile}
+        how: Any = {"chunks": chunks, "compile": compile, "ways": tuple(ways)}
         self.course = Course(name, sites, coupling_from(coupling), precision, check, **how)
 
     def forward(self, x: Tensor, *sides: Any) -> Tensor:

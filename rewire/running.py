@@ -105,8 +105,8 @@ def advance(
     if link.site < 0 and link.grid is not None:
         x = newest.to(x.dtype)  # the branch sees the stream as backward will rebuild it
     tape = _tape_for(link, newest, older)
-    step = _coupled_step(link, site, x, branch, sides, relayout)
-    following, grid, output = _couple(link, tape, step, x, (newest, older), sides)
+    step = _coupled_step(link, site, newest, x, branch, sides, relayout)
+    following, grid, output = _couple(link, site, tape, step, x, (newest, older), sides)
     course.ran(site, following if tape is None else tape)
     dtype = torch.promote_types(x.dtype, output.branch.dtype)
     # Made behind the branch: backward runs it first, and the branch's gradient is added to the
@@ -162,6 +162,7 @@ def _shown(link: Link, dtype: torch.dtype, complete: bool) -> tuple[Tensor, Link
 def _coupled_step(
     link: Link,
     site: int,
+    newest: Tensor,
     x: Tensor,
     branch: Branch,
     sides: Sequence[Any],
@@ -169,7 +170,7 @@ def _coupled_step(
 ) -> Step:
     """The step that runs a residual module."""
     course, grid = link.course, link.grid
-    k = course.coupling.coefficients(x, branch.training)
+    k = course.coupling.coefficients(newest, branch.training)
     if grid is not None and any(isinstance(w, Tensor) and w.requires_grad for w in k):
         raise RewireError(
             f"coupling {course.coupling}: a coefficient requires a gradient, and the grid has none "
@@ -183,6 +184,7 @@ def _coupled_step(
 
 def _couple(
     link: Link,
+    site: int,
     tape: Tape | None,
     step: Step,
     x: Tensor,
@@ -208,6 +210,9 @@ def _couple(
         grid = coarser or grid._replace(behind=False)
     if tape is not None:
         step.keep(undo, older)
+        if step.way != "reverse":
+            rebuilt = course.way(site + 1) == "reverse" and site + 1 < len(course.sites)
+            tape.hold(step, newest, older, marked=rebuilt)
         tape.commit(step, following, newest)
     return following, grid, output
 

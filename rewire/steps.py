@@ -202,6 +202,20 @@ class Part:
     generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)
 
 
+class Held(NamedTuple):
+    """A stream that is kept.
+
+    Attributes:
+        stream: x_{i-1}; None where that is x_i, at the start of a chain.
+        version: Its version counter.
+        mark: Of x_i, where that is rebuilt: what it must be then, see `rewire.drift.mark`.
+    """
+
+    stream: Tensor | None
+    version: int
+    mark: Tensor | None
+
+
 @dataclass(slots=True)
 class Step:
     """One residual module, or normalisation on the trunk, as it ran.
@@ -214,7 +228,7 @@ class Step:
         cuts: How the branch is run part by part.
         parts: Those that have run, in order.
         way: What backward does: "reverse", "checkpoint" or "store", see `rewire.Chain`.
-        held: x_{i-1} in this step's layout, where it is not to be rebuilt, and its version.
+        held: x_{i-1} in this step's layout, where it is not to be rebuilt.
     """
 
     branch: Branch
@@ -227,12 +241,10 @@ class Step:
     cuts: Cuts = UNCUT
     parts: list[Part] = field(default_factory=list)
     way: str = "reverse"
-    held: tuple[Tensor, int] | None = None
+    held: Held | None = None
 
     def keep(self, undo: Coupled, older: Tensor) -> None:
-        """Keep what the inverse of each part will need of x_{i-1}, or that itself."""
-        if self.way != "reverse":
-            self.held = older.detach(), version(older)
+        """Keep what the inverse of each part will need of x_{i-1}."""
         for part in self.parts:
             part.undo = undo if part.place == ALL else undo.at(part.place, older.dim())
             part.undo.keep(at(part.place, older))

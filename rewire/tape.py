@@ -36,7 +36,7 @@ from rewire.replay import (
     version,
 )
 from rewire.sides import Sides
-from rewire.steps import Complete, Hooks, Key, Output, Part, Record, Step, Tail, never
+from rewire.steps import Complete, Held, Hooks, Key, Output, Part, Record, Step, Tail, never
 
 
 class Kept(NamedTuple):
@@ -190,7 +190,7 @@ class Tape:
 
     def _rerun_tail(self, index: int) -> None:
         step = self.steps[index] if self.at == index + 1 else None
-        if step is not None and step.cuts is UNCUT and step.held is None:
+        if step is not None and step.cuts is UNCUT and step.held is None and step.way != "store":
             self._undo(step, 0, catch=True)  # it needs T too: one run catches both
         if self.tails[index].record.caught:
             return
@@ -216,18 +216,33 @@ class Tape:
         """From state i + 1, or from wherever between them the tape stands, to state i."""
         step = self.steps[self.at - 1]
         if step.held is not None:
-            self._take_held(step, *step.held)
+            self._take(step, step.held)
             return
         for number in reversed(range(len(step.parts))):
             if number not in self._undone:
                 self._undo(step, number, catch=False)
 
-    def _take_held(self, step: Step, held: Tensor, made_at: int) -> None:
+    def hold(self, step: Step, newest: Tensor, older: Tensor, *, marked: bool) -> None:
+        """Keep x_{i-1}, so that it need not be rebuilt.
+
+        Args:
+            step: That leads from (x_i, x_{i-1}).
+            newest: x_i.
+            older: x_{i-1}.
+            marked: x_i will be rebuilt: it is to be known again.
+        """
+        marked = marked and self.chain.check != "off"
+        begins = self.begins_equal and not self.steps
+        stream = None if begins else older.detach()
+        step.held = Held(stream, version(stream), drift.mark(newest) if marked else None)
+
+    def _take(self, step: Step, held: Held) -> None:
         """To state i, where x_{i-1} was kept; once, so that it is free when backward is past it."""
-        if version(held) != made_at:
+        if version(held.stream) != held.version:
             raise _changed_stream(f"the input of {step.branch.name}")
         step.held = None
-        self.newest, self.older = step.leave(self.older), step.leave(held)
+        older = self.older if held.stream is None else held.stream
+        self.newest, self.older = step.leave(self.older), step.leave(older)
         self.at -= 1
 
     def _undo(self, step: Step, number: int, *, catch: bool) -> None:
@@ -245,9 +260,18 @@ class Tape:
             self._undone.clear()
         self.newest, self.older = step.leave(newest), step.leave(older)
         self.at -= 1
+        self._compare(exact=step.undo.grid is not None)
+
+    def _compare(self, *, exact: bool) -> None:
+        """Compare what was rebuilt with what is known of it: where the chain begins, both streams
+        are the same; where streams were kept, the next one has its mark.
+        """
         if self.at == 0 and self.begins_equal:
-            exact = step.undo.grid is not None
             drift.compare(self.chain, self.newest, self.older, self._coarsest(), exact=exact)
+        held = self.steps[self.at - 1].held if self.at else None
+        if held is not None and held.mark is not None:
+            now = drift.mark(self.older)
+            drift.compare(self.chain, now, held.mark, self._coarsest(), exact=exact)
 
     def _uncoupled(self, step: Step, part: Part, undo: Coupled, *, catch: bool) -> Tensor:
         """x_{i-1}, or x_{i+1} in which one more part is that of x_{i-1}."""

@@ -162,13 +162,14 @@ class Trial:
                 inner.add(name)
 
         def count(operations: int) -> None:
-            pieces[branches[-1] if branches else stretch] += operations
-            if branches:
-                behind[branches[-1]] += operations
+            pieces[""] += operations
+            for name in branches or ([stretch] if stretch else ()):  # an inner one is in the outer
+                pieces[name] += operations
+                behind[name] += operations
 
         def save(tensor: Tensor) -> Tensor:
-            if branches:
-                behind[branches[-1]] = 0
+            for name in branches:
+                behind[name] = 0
             return tensor.detach()
 
         sites = {site for course in self.courses for site in course.sites}
@@ -181,8 +182,7 @@ class Trial:
             Operations(count),
         ):
             self.step.forward()
-        total = sum(pieces.values())
-        del pieces[""]
+        total = pieces.pop("")
         many: defaultdict[str, int] = defaultdict(lambda: 1, counts)
         shorter = {name: count * many[name] for name, count in behind.items()}
         return Work(total, dict(pieces), shorter, inner)

@@ -166,14 +166,27 @@ def test_below_reversing_branches_run_in_parts() -> None:
 
 def test_too_little_is_told_with_the_least() -> None:
     model, x = vit()
-    with pytest.raises(rewire.RewireError, match=r"one step takes .* at least, 0\.\d+ of the"):
+    with pytest.raises(rewire.RewireError, match=r"reversed a step takes .*, 0\.\d+ of the"):
         rewire.make_reversible(model, x, budget="30MB")
-    with pytest.raises(ValueError, match="budget=-1"):
-        rewire.make_reversible(model, x, budget=-1)
+    for wrong in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="budget="):
+            rewire.make_reversible(model, x, budget=wrong)
     with pytest.raises(ValueError, match="no amount of memory"):
         rewire.make_reversible(model, x, budget="much")
     with pytest.raises(rewire.RewireError, match="example_inputs"):
         rewire.make_reversible(model, budget=0.5)
+
+
+def test_couplings_of_ones_own_and_modules_to_leave_alone() -> None:
+    class Own(rewire.Re2):
+        def __str__(self) -> str:
+            return "own"
+
+    model, x = resnet()
+    own = rewire.make_reversible(model, x, coupling=Own(), budget=0.5, exclude=["maxpool"])
+    assert not any("maxpool" in row.modules for row in plan_of(own).outside)
+    free = rewire.make_reversible(model, x, budget=0.5)
+    assert any("maxpool" in row.modules for row in plan_of(free).outside)
 
 
 def test_a_search_that_trusts_its_pieces_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,8 +179,8 @@ def test_inductor_repeats_its_bits() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8, 32, requires_grad=True)
     block = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
-    net = ReversibleSequential([block] * 4, compile=True, chunks=2, check="raise")
-    net.course.ways = ("reverse", "store", "checkpoint", "reverse")
+    ways = ("reverse", "store", "checkpoint", "reverse")
+    net = ReversibleSequential([block] * 4, compile=True, chunks=2, check="raise", ways=ways)
     found = gradients(net, net, x)
     with rewire.store_activations(net):
         assert distance(gradients(net, net, x), found) == 0
@@ -196,21 +196,38 @@ def test_what_cannot_be_compiled_runs_as_it_is() -> None:
 
     torch.manual_seed(0)
     x = rows().requires_grad_()
-    branches = [Breaks(DIM, DIM).double() for _ in range(3)]
+    kinds = [nn.Tanh, lambda: Breaks(DIM, DIM), nn.Tanh, nn.Sigmoid]
+    branches = [nn.Sequential(nn.Linear(DIM, DIM), kind()).double() for kind in kinds]
+    torch._dynamo.utils.counters.clear()
     net = ReversibleSequential(branches, compile=AOT, check="raise")
     with pytest.warns(UserWarning, match="runs as it is, for it cannot be compiled"):
         found = gradients(net, net, x)
+    assert graphs() == 2  # the others of its class
     plain = ReversibleSequential(branches)
     assert distance(found, gradients(plain, plain, x)) == 0
 
 
 def test_too_many_compilations_are_an_error_not_other_bits() -> None:
-    net = ReversibleSequential([nn.Linear(DIM, DIM).double()] * 2, compile=AOT)
+    how = {**AOT, "recompile_limit": 1}
+    net = ReversibleSequential([nn.Linear(DIM, DIM).double()] * 2, compile=how)
     inputs = [torch.randn(n, DIM, dtype=torch.float64, requires_grad=True) for n in (2, 3)]
-    with torch._dynamo.config.patch(recompile_limit=1):
-        net(inputs[0])
-        with pytest.raises(rewire.RewireError, match="recompile_limit"):
-            net(inputs[1])
+    net(inputs[0])
+    with pytest.raises(rewire.RewireError, match="reruns need the code of their runs"):
+        net(inputs[1])
+
+
+def test_many_shapes_and_modes() -> None:
+    torch.manual_seed(0)
+    widths = range(3, 15)
+    branches = [nn.Sequential(nn.Linear(DIM, n), nn.Linear(n, DIM)).double() for n in widths]
+    how = {"backend": "aot_eager", "options": {}}
+    net, plain = ReversibleSequential(branches, compile=how), ReversibleSequential(branches)
+    for batch in (2, 3):
+        x = torch.randn(batch, DIM, dtype=torch.float64, requires_grad=True)
+        assert distance(gradients(net, net, x), gradients(plain, plain, x)) < TOLERANCE
+        with torch.no_grad():
+            assert torch.allclose(net.eval()(x), plain.eval()(x))
+        net.train()
 
 
 def test_a_compiled_model_around_compiled_branches() -> None:

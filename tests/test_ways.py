@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rewire
+from rewire.integers import Coefficients
 from rewire.links import Course
 from rewire.plans import WAYS
 from rewire.reversible import ReversibleSequential, store_activations
@@ -44,9 +45,8 @@ class Mlp(nn.Module):
 
 def chain(ways: tuple[str, ...], dropout: float = 0.3, **options: Any) -> ReversibleSequential:
     torch.manual_seed(0)
-    net = ReversibleSequential([Mlp(dropout=dropout) for _ in ways], check="raise", **options)
-    net.course.ways = ways
-    return net
+    branches = [Mlp(dropout=dropout) for _ in ways]
+    return ReversibleSequential(branches, check="raise", ways=ways, **options)
 
 
 def gradients(net: nn.Module, x: Tensor) -> list[Tensor]:
@@ -129,8 +129,7 @@ def test_what_each_way_keeps(depth: int) -> None:
 
     def costs(*ways: str) -> rewire.Profile:
         torch.manual_seed(0)
-        net = ReversibleSequential([Mlp(64, 512) for _ in ways])
-        net.course.ways = ways
+        net = ReversibleSequential([Mlp(64, 512) for _ in ways], ways=ways)
         return rewire.profile(net, x)
 
     reverse, checkpoint, store = (costs(*[way] * depth) for way in WAYS)
@@ -159,6 +158,78 @@ def test_models_take_ways_in_their_plan(name: str, tmp_path: Path) -> None:
         assert same(found, gradients(rev, x))
     rewire.save(rev, tmp_path / "rev.pt")
     assert plan_of(rewire.load(tmp_path / "rev.pt")).chains == chains
+
+
+class Activated(nn.Module):
+    """relu(x + F(x)), twice: the activation is on the trunk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.relu(x + block(x))
+        return x
+
+
+@pytest.mark.parametrize("ways", list(itertools.product(WAYS, repeat=4))[::4])
+def test_activations_on_the_trunk_and_several_backwards(ways: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = Activated().double(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    plan = rewire.plan(model, x)
+    (found,) = plan.chains
+    plan = replace(plan, chains=[replace(found, ways=ways[: len(found)])])
+    rev = rewire.make_reversible(model, plan=plan, check="raise")
+    with store_activations(rev):
+        expected = gradients(rev, x.detach())
+    loss = rev(x).square().sum()
+    leaves = [x, *rev.parameters()]
+    for _ in range(3):
+        assert same(list(torch.autograd.grad(loss, leaves, retain_graph=True)), expected)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("kept", [("store", "store"), ("checkpoint", "store")])
+def test_a_branch_that_does_not_repeat_itself_is_told_where_streams_are_kept(
+    precision: str, kept: tuple[str, ...]
+) -> None:
+    class Forgetful(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            RAN["forgetful"] += 1
+            return super().forward(x) * (1 + 0.1 * RAN["forgetful"])
+
+    torch.manual_seed(0)
+    RAN.clear()
+    branches = [Mlp(), Mlp(), Mlp(), Forgetful(), Mlp()]
+    ways = (*kept, "reverse", "reverse", "reverse")
+    net = ReversibleSequential(branches, check="raise", ways=ways, precision=precision)
+    with pytest.raises(rewire.NotRepeatable, match="rebuilt in backward"):
+        net(X.clone().requires_grad_()).sum().backward()
+
+
+def test_the_input_may_be_written_to_behind_a_first_module_that_is_kept() -> None:
+    net = chain(("checkpoint", "reverse", "reverse"), precision="fast")
+    x = X.clone().requires_grad_()
+    start = x * 1
+    loss = net(start).sum()
+    with torch.no_grad():
+        start.zero_()
+    loss.backward()
+
+
+def test_coefficients_are_of_the_stream() -> None:
+    seen = []
+
+    class Watching(rewire.Re2):
+        def coefficients(self, x: Tensor, training: bool) -> Coefficients:
+            seen.append((x.dtype, float(x.detach().min()) < 0))
+            return super().coefficients(x, training)
+
+    model, x = Activated().bfloat16(), torch.randn(9, 6, dtype=torch.bfloat16)
+    rewire.make_reversible(model, x, coupling=Watching())(x)
+    assert {dtype for dtype, _ in seen} == {torch.float32}
+    assert any(negative for _, negative in seen)  # sums, not what the activation makes of them
 
 
 def test_ways_that_are_none_are_refused() -> None:

@@ -71,8 +71,9 @@ def make_reversible(
         compile: Compile the branches with `torch.compile`: True, or its keyword arguments
             (`{"mode": "max-autotune"}`). Branches of the same code are compiled once, without
             graph breaks; what cannot be runs as it is, with a warning. Each shape takes a
-            compilation. No second derivatives, as with any compiled code. It is not part of
-            the plan, nor of files.
+            compilation. No second derivatives, as with any compiled code. What compiled code
+            saves is the compiler's: a stored module may take more than a budget has counted,
+            measured up to a quarter. It is not part of the plan, nor of files.
         include: As for `rewire.plan`.
         exclude: As for `rewire.plan`.
 

@@ -55,6 +55,23 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+def optimizer_named(name: str) -> Optimizer | None:
+    """The class of `torch.optim` of a name.
+
+    Raises:
+        RewireError: There is none.
+    """
+    if name.lower() == "none":
+        return None
+    base = torch.optim.Optimizer
+    classes = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, base)]
+    known = {c.__name__.lower(): c for c in classes if c is not base}
+    if name.lower() not in known:
+        names = ", ".join(sorted(c.__name__ for c in known.values()))
+        raise RewireError(f"{name}: no optimizer of torch.optim. There are {names}, and none.")
+    return known[name.lower()]
+
+
 def optimizer_bytes(optimizer: Optimizer, parameters: Iterable[Tensor]) -> int:
     """Bytes of an optimizer's state after its first step, found without memory and arithmetic.
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rewire.accounting import Optimizer
+from rewire.accounting import Optimizer, optimizer_named
 from rewire.conversion import Request, opened, planned
 from rewire.errors import RewireError
 from rewire.estimation import estimate
@@ -186,23 +186,6 @@ def balance(
     name = getattr(maker, "__name__", "none")
     pair = profiles[0], profiles[1] if plan.chains else None
     return Balance(source.description, example.description, how, name, plan, *pair)
-
-
-def optimizer_named(name: str) -> Optimizer | None:
-    """The class of `torch.optim` of a name.
-
-    Raises:
-        RewireError: There is none.
-    """
-    if name.lower() == "none":
-        return None
-    base = torch.optim.Optimizer
-    classes = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, base)]
-    known = {c.__name__.lower(): c for c in classes if c is not base}
-    if name.lower() not in known:
-        names = ", ".join(sorted(c.__name__ for c in known.values()))
-        raise RewireError(f"{name}: no optimizer of torch.optim. There are {names}, and none.")
-    return known[name.lower()]
 
 
 def _estimated(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rewire.accounting import Optimizer, standing
+from rewire.accounting import Optimizer, optimizer_named, standing
 from rewire.coupling import Coupling
 from rewire.errors import RewireError
 from rewire.estimation import place_of_estimate
@@ -30,7 +30,7 @@ from rewire.planning import matches
 from rewire.plans import Budget, Plan
 from rewire.profiling import TrainingStep
 from rewire.rewriting import rewritten
-from rewire.sizes import bytes_of, human_bytes
+from rewire.sizes import budget_of, human_bytes
 from rewire.stretches import unfit
 from rewire.trials import Heights, Trial, on_trial
 
@@ -53,7 +53,7 @@ def budgeted(
     example_inputs: Any,
     *,
     device: str | torch.device | None = None,
-    optimizer: Optimizer | None = torch.optim.Adam,
+    optimizer: Optimizer | str | None = torch.optim.Adam,
     exclude: Sequence[str] | str = (),
     coupling: str | Coupling | None = None,
 ) -> Plan:
@@ -66,15 +66,15 @@ def budgeted(
 
     Args:
         plan: What `rewire.plan` gave.
-        model: The model it was made of. Nothing is computed, and it needs no memory.
+        model: The model it was made of, not on the meta device. Nothing is computed.
         budget: Bytes of a whole training step, in words ("8GB", "16 GiB") or a number above 1:
             parameters, gradients, the optimizer's state, the inputs, and the most that is
             alive beside these. Or a number from 0 to 1: a share of the activations of the
             original's step at its peak; 0 is the least that there is.
         example_inputs: As for `rewire.plan`, of the size that will be trained on.
         device: "cpu" or "cuda"; that of the parameters where none is given.
-        optimizer: Whose state is counted: a class of `torch.optim`, or a function that makes one
-            of a list of parameters; None counts none.
+        optimizer: Whose state is counted: a class of `torch.optim` or its name, or a function
+            that makes one of a list of parameters; None counts none.
         exclude: Globs of modules outside of the chains that are not to be checkpointed.
         coupling: The object, where the plan has the spelling only of one of your own.
 
@@ -94,14 +94,16 @@ def budgeted(
         >>> plan.budget.peak_bytes <= plan.budget.limit_bytes
         True
     """
+    amount = budget_of(budget)
     example = without_memory(as_example(example_inputs))
     place = place_of_estimate(model, device)
     step = TrainingStep(model, example.args, example.kwargs)
-    there = sum(standing(model, step.tensors, optimizer))
+    maker = optimizer_named(optimizer) if isinstance(optimizer, str) else optimizer
+    there = sum(standing(model, step.tensors, maker))
     with on_trial(model, example, place) as trial:
         trial.run()  # what is made once (tables, masks) is no cost of a step
         plain = trial.run().peak
-    limit = _limit(budget, there, plain)
+    limit = _limit(budget, amount, there, plain)
     globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
 
     def refuse(name: str, module: nn.Module) -> bool:
@@ -114,7 +116,7 @@ def budgeted(
         choice, least = _Search(trial, plan).found(limit)
     limit = limit or choice.peak
     if choice.peak > limit:
-        raise _too_little(budget, least.peak, plain, there)
+        raise _too_little(budget, least, plain, there)
     found = Budget(
         str(budget),
         limit,
@@ -128,27 +130,30 @@ def budgeted(
     return replace(choice.applied(plan), budget=found)
 
 
-def _limit(budget: str | float, there: int, plain: int) -> int | None:
+def _limit(budget: str | float, amount: float, there: int, plain: int) -> int | None:
     """Bytes that a step may take at its peak, beside what stands; None: as few as there are."""
-    try:
-        amount = float(budget)
-    except ValueError:
-        amount = bytes_of(str(budget))
-    if not (amount >= 0 and math.isfinite(amount)):
-        raise ValueError(f"budget={budget!r}: give a share from 0 to 1, or bytes such as 8GB.")
-    if amount > 1:
-        return max(1, int(amount) - there)
-    return int(amount * plain) or None
+    if amount <= 1:
+        return int(amount * plain) or None
+    if amount <= there:
+        raise RewireError(
+            f"budget={budget!r}: parameters, gradients, optimizer state and inputs alone take "
+            f"{human_bytes(there)}. Give more, or freeze parameters, or take another optimizer "
+            "(`optimizer=` of rewire.budgeted)."
+        )
+    return int(amount) - there
 
 
-def _too_little(budget: str | float, least: int, plain: int, there: int) -> RewireError:
+def _too_little(budget: str | float, least: Choice, plain: int, there: int) -> RewireError:
     """The error for a budget that nothing comes down to."""
+    parts = max(least.chunks.values())
+    cut = f", branches in up to {parts} parts," if parts > 1 else ""
+    share = math.ceil(1000 * least.peak / max(1, plain)) / 1000
     return RewireError(
-        f"budget={budget!r}: with everything reversed a step takes {human_bytes(least)}, "
-        f"{least / max(1, plain):.3f} of the original's {human_bytes(plain)}, beside "
-        f"{human_bytes(there)} of parameters, gradients, optimizer state and inputs: "
-        f"{human_bytes(least + there)} together. Give that, or train on less at once: a smaller "
-        "batch, shorter or smaller inputs."
+        f"budget={budget!r}: with everything reversed{cut} a step takes {human_bytes(least.peak)} "
+        f"(the original's: {human_bytes(plain)}), beside {human_bytes(there)} of parameters, "
+        f"gradients, optimizer state and inputs. Give budget={share}, or "
+        f"{human_bytes(1.001 * (least.peak + there))}, or train on less at once: a smaller batch, "
+        "shorter or smaller inputs."
     )
 
 

@@ -94,11 +94,14 @@ Budget = Annotated[
     typer.Option(
         metavar="BYTES|SHARE",
         help="Memory for a training step, 8GB (all of it) or 0.3 of the original's activations: "
-        "be as fast as that allows. Needs --input-shape.",
+        "be as fast as that allows. Needs --input-shape; chooses --chunks and --outside.",
     ),
 ]
 Device = Annotated[
     str, typer.Option(metavar="cpu|cuda", help="Where it will be trained, for --budget.")
+]
+Optimizer = Annotated[
+    str, typer.Option(metavar="NAME", help="Of torch.optim, or none: its state is counted.")
 ]
 Include = Annotated[
     list[str] | None,
@@ -144,6 +147,7 @@ def inspect(
     outside: Outside = "store",
     budget: Budget = None,
     device: Device = "cpu",
+    optimizer: Optimizer = "Adam",
     include: Include = None,
     exclude: Exclude = None,
     pretrained: Pretrained = False,
@@ -161,7 +165,7 @@ def inspect(
       rewire inspect timm/vit_base_patch16_224 --input-shape 32,3,224,224 --budget 8GB
     """
     how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
-    how |= {"outside": outside, "chunks": chunks, "device": device}
+    how |= {"outside": outside, "chunks": chunks, "device": device, "optimizer": optimizer}
     shape = _checked(input_shape, how, budget)
     options = (arch, trust, pretrained, include, exclude)
     with _one_line_errors(debug):
@@ -201,6 +205,7 @@ def convert(
     outside: Outside = "store",
     budget: Budget = None,
     device: Device = "cpu",
+    optimizer: Optimizer = "Adam",
     include: Include = None,
     exclude: Exclude = None,
     pretrained: Pretrained = False,
@@ -223,7 +228,7 @@ def convert(
       rewire convert timm/vit_large_patch16_224 --pretrained -o rev_vit.pt
     """
     how = {"coupling": coupling, "precision": precision, "granularity": granularity, "trunk": trunk}
-    how |= {"outside": outside, "chunks": chunks, "device": device}
+    how |= {"outside": outside, "chunks": chunks, "device": device, "optimizer": optimizer}
     shape = _checked(input_shape, how, budget)
     options = (arch, trust, pretrained, include, exclude)
     _check_target(out, model, "OUT")
@@ -292,9 +297,7 @@ def profile(
     budget: Annotated[
         str | None, typer.Option(metavar="BYTES", help="Say whether it fits, e.g. into 24GB.")
     ] = None,
-    optimizer: Annotated[
-        str, typer.Option(metavar="NAME", help="Of torch.optim, or none: its state is counted.")
-    ] = "Adam",
+    optimizer: Optimizer = "Adam",
     plot: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw memory over the step.")
     ] = None,
@@ -454,7 +457,12 @@ def _bytes(text: str) -> int:
 
 def _check_budget(budget: str, input_shape: str | None) -> None:
     """Refuse what is no budget, or nothing that it could be kept on."""
-    _bytes(budget)
+    from rewire.sizes import budget_of
+
+    try:
+        budget_of(budget)
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from error
     if input_shape is None:
         raise typer.BadParameter(
             "--budget needs --input-shape, the batch and size that you train on: memory depends "

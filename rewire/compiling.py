@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from rewire.errors import RewireError
@@ -50,8 +51,9 @@ def copied(function: Callable[..., Any]) -> Callable[..., Any]:
 class Compiled:
     """A function of one branch, and its compiled twin, which branches of the same code share.
 
-    Where nothing can be compiled, on tensors without values and in transforms, it runs as it is. So
-    it does for ever, with a warning, where its first compilation fails.
+    Where nothing can be compiled, on tensors without values, in transforms, and while somebody
+    watches the operations (a meter), it runs as it is. So it does for ever, with a warning, where
+    its first compilation fails.
 
     Args:
         function: Of the branch.
@@ -66,7 +68,7 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         """The function of these arguments."""
-        if self._compiled is None or transformed() or _any_fake(args):
+        if self._compiled is None or transformed() or _watched() or _any_fake(args):
             return self._plain(*args)
         try:
             result = self._compiled(*args)
@@ -133,6 +135,11 @@ def _thawed(value: Any) -> Any:
 def _of_compiler(error: Exception) -> bool:
     """Whether an error is the compiler's own; importing its classes would take seconds."""
     return any(one.__module__ == "torch._dynamo.exc" for one in type(error).__mro__)
+
+
+def _watched() -> bool:
+    """Whether a dispatch mode is on, which compiled code would pass by."""
+    return _get_current_dispatch_mode() is not None
 
 
 def _any_fake(args: tuple[Any, ...]) -> bool:

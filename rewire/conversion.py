@@ -32,6 +32,7 @@ class Request:
     outside: str = "store"
     budget: str | None = None
     device: str | None = None
+    optimizer: str = "Adam"
     include: Sequence[str] = field(default=())
     exclude: Sequence[str] = field(default=())
 
@@ -81,6 +82,7 @@ def planned(source: Source, request: Request, example: Example | None = None) ->
 
     with progress("Choosing within the budget"):
         how: Any = {"device": request.device, "exclude": request.exclude}
+        how["optimizer"] = request.optimizer
         return budgeted(found, source.module, request.budget, example, **how)
 
 

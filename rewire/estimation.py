@@ -95,7 +95,10 @@ def place_of_estimate(model: nn.Module, device: str | torch.device | None) -> to
     if device is None:
         found = next((p.device for p in model.parameters()), torch.device("cpu"))
         return torch.device("cpu") if found.type == "meta" else found
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise RewireError(f"{device}: estimates are for cpu or cuda.") from error
     if place.type not in ("cpu", "cuda"):
         raise RewireError(f"{device}: estimates are for cpu or cuda.")
     return place

@@ -11,6 +11,7 @@ from rewire.budgets import budgeted
 from rewire.compiling import Compile
 from rewire.coupling import Coupling
 from rewire.cuts import Chunks
+from rewire.errors import RewireError
 from rewire.planning import coupled
 from rewire.planning import plan as make_plan
 from rewire.plans import Plan
@@ -67,7 +68,7 @@ def make_reversible(
             original's activations (0.3; 0 is the least): what backward does at each module, what
             is checkpointed outside, and how many parts are run, is then chosen so that the step
             is as fast as that allows. `example_inputs` must be of the size that will be trained
-            on. See `rewire.budgeted`.
+            on. `rewire.budgeted` makes such a plan for another optimizer or device.
         compile: Compile the branches with `torch.compile`: True, or its keyword arguments
             (`{"mode": "max-autotune"}`). Branches of the same code are compiled once, without
             graph breaks; what cannot be runs as it is, with a warning. Each shape takes a
@@ -100,5 +101,10 @@ def make_reversible(
         plan = make_plan(model, example_inputs, include=include, exclude=exclude, **chosen)
     plan = coupled(plan, coupling, precision, chunks)
     if budget is not None and plan.chains:
+        if example_inputs is None:
+            raise RewireError(
+                f"budget={budget!r} needs example_inputs, of the batch and size that you train on: "
+                "memory depends on it. On the meta device they take none."
+            )
         plan = budgeted(plan, model, budget, example_inputs, exclude=exclude, coupling=coupling)
     return rewritten(model, plan, coupling, check, compile)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 
@@ -38,3 +39,31 @@ def bytes_of(text: str) -> int:
     if found is None or unit is None:
         raise ValueError(f"{text!r} is no amount of memory such as 24GB or 16GiB.")
     return int(float(found[1]) * unit)
+
+
+def budget_of(given: str | float) -> float:
+    """A budget in numbers: a share from 0 to 1, or bytes.
+
+    Args:
+        given: Such a number, or bytes in words.
+
+    Raises:
+        ValueError: It is neither.
+
+    Example:
+        >>> budget_of("0.3"), budget_of("8GB")
+        (0.3, 8000000000.0)
+    """
+    try:
+        amount = math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError):
+        try:
+            amount = float(max(bytes_of(str(given)), 2))
+        except ValueError:
+            amount = math.nan
+    if not (0 <= amount <= 1 or 1000 <= amount < math.inf):
+        raise ValueError(
+            f"budget={given!r}: give a share of the original's activations from 0 to 1, or the "
+            "bytes of a whole step, such as 8GB."
+        )
+    return amount

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from rewire import balance as balances
-from rewire.balance import Balance, Row, balance, optimizer_named
+from rewire.accounting import optimizer_named
+from rewire.balance import Balance, Row, balance
 from rewire.conversion import Request
 from rewire.errors import RewireError
 from rewire.plans import Chain, Plan, Residual

@@ -130,7 +130,7 @@ def test_measured_peaks_are_within_the_budget_and_bits_stay(
 def test_bytes_are_those_of_the_whole_step() -> None:
     model, x = vit()
     plan = rewire.plan(model, x)
-    by_share = rewire.budgeted(plan, model, 0.4, x, optimizer=torch.optim.SGD).budget
+    by_share = rewire.budgeted(plan, model, 0.4, x, optimizer="sgd").budget
     assert by_share is not None
     words = f"{by_share.standing_bytes + by_share.limit_bytes}B"
     by_bytes = rewire.budgeted(plan, model, words, x, optimizer=torch.optim.SGD).budget
@@ -166,15 +166,33 @@ def test_below_reversing_branches_run_in_parts() -> None:
 
 def test_too_little_is_told_with_the_least() -> None:
     model, x = vit()
-    with pytest.raises(rewire.RewireError, match=r"reversed a step takes .*, 0\.\d+ of the"):
-        rewire.make_reversible(model, x, budget="30MB")
-    for wrong in (-1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="budget="):
+    with pytest.raises(
+        rewire.RewireError, match=r"reversed.* a step takes .* Give budget=0\.\d+, or"
+    ):
+        rewire.make_reversible(model, x, budget=0.01)
+    with pytest.raises(rewire.RewireError, match="optimizer state and inputs alone take"):
+        rewire.make_reversible(model, x, budget="10MB")
+    for wrong in (-1, 1.5, float("nan"), float("inf"), True, "much", "50%", "0MB"):
+        with pytest.raises(ValueError, match="give a share"):
             rewire.make_reversible(model, x, budget=wrong)
-    with pytest.raises(ValueError, match="no amount of memory"):
-        rewire.make_reversible(model, x, budget="much")
-    with pytest.raises(rewire.RewireError, match="example_inputs"):
+    with pytest.raises(rewire.RewireError, match="needs example_inputs"):
         rewire.make_reversible(model, budget=0.5)
+    with pytest.raises(rewire.RewireError, match="cpu or cuda"):
+        rewire.budgeted(rewire.plan(model, x), model, 0.5, x, device="tpu")
+
+
+def test_what_is_stored_as_planned_is_verified() -> None:
+    torch.manual_seed(0)
+    model, x = (
+        timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64),
+        torch.randn(2, 3, 64, 64),
+    )
+    rev = rewire.make_reversible(model, x, budget=0.8, compile={"backend": "aot_eager"})
+    assert "store" in plan_of(rev).chains[0].ways
+    verdict = rewire.verify(rev, x)
+    assert verdict.passed, verdict
+    (row,) = (check for check in verdict.checks if check.name == "activations dropped")
+    assert "store theirs, as planned" in row.detail
 
 
 def test_couplings_of_ones_own_and_modules_to_leave_alone() -> None:

@@ -1,13 +1,14 @@
 """Rewiring within a budget of memory: as fast as that allows.
 
 For each residual module of the chains backward can reverse it, or keep its input (checkpoint), or
-keep its activations (store); outside of the chains a stretch is checkpointed or stored; branches
-can run in parts. None of these changes what is computed. Backward goes through a step from its end
-to its beginning, and frees what it has passed: so what a piece keeps is there while backward is in
-the pieces behind it, and not while it is in those before. The fastest choice under such a limit
-is found piece by piece, from the first to the last, keeping for every amount of memory the
-cheapest way to get there. What the pieces take is learnt by runs on tensors without values; so is
-the peak of what was chosen, and the choice is made again until that is within the budget.
+keep the results of its products too (select), or its activations (store); outside of the chains a
+stretch is checkpointed or stored; branches can run in parts. None of these changes what is
+computed. Backward goes through a step from its end to its beginning, and frees what it has passed:
+so what a piece keeps is there while backward is in the pieces behind it, and not while it is in
+those before. The fastest choice under such a limit is found piece by piece, from the first to the
+last, keeping for every amount of memory the cheapest way to get there. What the pieces take is
+learnt by runs on tensors without values; so is the peak of what was chosen, and the choice is made
+again until that is within the budget.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ class Option(NamedTuple):
     """One way to run a piece.
 
     Attributes:
-        way: "reverse", "checkpoint" or "store".
+        way: "reverse", "checkpoint", "select" or "store".
         kept: Bytes that are there behind it, more than if it were reversed.
         beside: The same behind a piece that is stored, and has kept a part of these already.
         operations: That backward runs again.
@@ -298,6 +299,8 @@ class _Search:
         trial.run()  # makes what is made once
         self._work = trial.work()
         self._streams = trial.streams()
+        self._choose(dict.fromkeys([*self._modules, *self._stretches], "select"))
+        self._selected = trial.run()
         self._choose(dict.fromkeys([*self._modules, *self._stretches], "store"))
         self._stored = trial.run()
 
@@ -398,6 +401,9 @@ class _Search:
             stored = self._stored.forward[name]
             shorter = operations - work.behind.get(name, 0)
             yield Option("checkpoint", stream, 0, shorter + cut)
+            selected = self._selected.forward[name]  # with the branch's result, which goes
+            cheap = work.cheap.get(name, 0)
+            yield Option("select", selected, max(0, selected - stream), cheap + cut)
             yield Option("store", stored + stream, stored, 0)
 
     def _reversed(self, chunks: Mapping[str, int]) -> Heights:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # What backward does at a residual module.
-WAYS = ("reverse", "checkpoint", "store")
+WAYS = ("reverse", "checkpoint", "select", "store")
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ class Chain:
         precision: Of its streams: "exact", "float64" or "fast".
         chunks: Into how many parts its branches are cut where they can be; 1: not at all.
         ways: For each module what backward does: "reverse" rebuilds its input and runs its branch
-            again, "checkpoint" has kept its input and runs the branch as far as it must, "store"
-            has kept the branch's activations. Empty: all are reversed.
+            again, "checkpoint" has kept its input and runs the branch as far as it must, "select"
+            has kept the results of its products too and runs what is between them, "store" has
+            kept the branch's activations. Empty: all are reversed.
         bits: Of correction, per element of the stream and module, that the coupling's inverse
             needs. What a normalisation on the trunk needs beside it is measured in each run.
         start: In words, why it does not go on from what stands before it.

@@ -19,7 +19,12 @@ from rewire.sizes import human_bytes
 _WIDTH = 100
 _SHOWN = 3
 TOTAL = "all together"
-_DONE = {"reverse": "reversed", "checkpoint": "checkpointed", "store": "stored"}
+_DONE = {
+    "reverse": "reversed",
+    "checkpoint": "checkpointed",
+    "select": "selective",
+    "store": "stored",
+}
 _TRUNKS = {
     "identity": "",
     "view": "a view on the trunk",

@@ -15,6 +15,7 @@ from rewire.cuts import ALL, UNCUT, Cuts, Found, Place, at, joined
 from rewire.errors import NotRepeatable
 from rewire.holdings import Holdings
 from rewire.norms import Normed
+from rewire.products import Products
 from rewire.replay import AutocastState, RngStates, version
 from rewire.sides import Sides
 from rewire.surroundings import Surroundings
@@ -92,12 +93,20 @@ class Record:
         self.caught: dict[int, tuple[Tensor, int]] = {}  # with their version counters
         self.handed: dict[int, weakref.ref[Tensor]] = {}
 
-    def dropping(self, tape: Recalling, key: Key) -> Hooks:
-        """Hooks that drop what is saved and leave handles."""
+    def dropping(self, tape: Recalling, key: Key, products: Products | None = None) -> Hooks:
+        """Hooks that drop what is saved and leave handles.
+
+        Args:
+            tape: To which these lead.
+            key: Of the part.
+            products: Of its run, which are told.
+        """
         metas = self.metas
 
         def pack(tensor: Tensor) -> tuple[Recalling, Key, int]:
             metas.append((tensor.shape, tensor.dtype))
+            if products is not None:
+                products.saved()
             return tape, key, len(metas) - 1
 
         return Hooks(pack, _unpack)
@@ -192,6 +201,7 @@ class Part:
         record: What autograd saved.
         undo: The arithmetic of this part of the streams.
         sides: The side inputs, those cut that go along with the stream.
+        products: What was kept of it, until it is needed.
     """
 
     place: Place
@@ -200,6 +210,7 @@ class Part:
     sides: Sides
     rng: RngStates | None = None
     generators: list[tuple[torch.Generator, Tensor]] = field(default_factory=list)
+    products: Products | None = None
 
 
 class Held(NamedTuple):
@@ -227,7 +238,7 @@ class Step:
         around: What its modules found around them.
         cuts: How the branch is run part by part.
         parts: Those that have run, in order.
-        way: What backward does: "reverse", "checkpoint" or "store", see `rewire.Chain`.
+        way: What backward does: "reverse", "checkpoint", ..., see `rewire.Chain`.
         held: x_{i-1} in this step's layout, where it is not to be rebuilt.
     """
 

@@ -25,6 +25,7 @@ from rewire.errors import NotRepeatable, StreamMismatch
 from rewire.holdings import changed_flag
 from rewire.norms import Normed
 from rewire.observers import observing, tell
+from rewire.products import Products
 from rewire.replay import (
     RngStates,
     replayed_autocast,
@@ -99,12 +100,20 @@ class Tape:
         rng = self._current_rng(x.device)
         part.generators = holdings.generators(sides)
         key = len(self.steps), len(step.parts) - 1
+        products = Products() if step.way == "select" else None
+        dropping = part.record.dropping(self, key, products)
         stored = step.way == "store"
-        with nullcontext() if stored else part.record.dropping(self, key):
+        with (
+            nullcontext() if stored else dropping,
+            nullcontext() if products is None else products.kept(),
+        ):
             # The cut is made here: backward runs through the last cut first, and adds its
             # gradient to what is there before it begins with the next.
             stream = at(place, x)
             output = step.branch(stream, given)
+        if products is not None:
+            products.settle()
+            part.products = products
         if place != ALL:
             add_up_in_place(output.branch, (stream, *given))
         if not same_rng_states(rng, self._current_rng(x.device)):
@@ -332,9 +341,11 @@ class Tape:
         """The same for what it saves alone: as far as the last of that."""
         with self._again(step, part) as sides:
             x, _ = self._input(step, part, newest, catch=True)
-            with suppress(Complete), self._catch(part.record, stop=True):
+            given = nullcontext() if part.products is None else part.products.given()
+            with suppress(Complete), self._catch(part.record, stop=True), given:
                 step.branch(x, sides)
             part.record.complete()
+        part.products = None  # what was caught lives as long as it is needed
 
     @contextmanager
     def _again(self, step: Step, part: Part) -> Iterator[list[Any]]:

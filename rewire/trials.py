@@ -57,12 +57,14 @@ class Work:
     Attributes:
         all: Of the whole.
         pieces: By piece.
+        cheap: By residual module, those that are no products.
         behind: By residual module, behind the last tensor that it saves for backward.
         inner: Residual modules that run inside of a branch of another chain.
     """
 
     all: int
     pieces: Mapping[str, int]
+    cheap: Mapping[str, int]
     behind: Mapping[str, int]
     inner: Collection[str]
 
@@ -149,6 +151,7 @@ class Trial:
         """Operations of a forward that stores everything."""
         pieces: Counter[str] = Counter()
         behind: Counter[str] = Counter()
+        cheap: Counter[str] = Counter()
         counts: Counter[str] = Counter()
         inner: set[str] = set()
         stretch = ""
@@ -161,11 +164,12 @@ class Trial:
             if event == "begins" and branches:
                 inner.add(name)
 
-        def count(operations: int) -> None:
+        def count(operations: int, product: bool) -> None:
             pieces[""] += operations
             for name in branches or ([stretch] if stretch else ()):  # an inner one is in the outer
                 pieces[name] += operations
                 behind[name] += operations
+                cheap[name] += 0 if product else operations
 
         def save(tensor: Tensor) -> Tensor:
             for name in branches:
@@ -185,7 +189,7 @@ class Trial:
         total = pieces.pop("")
         many: defaultdict[str, int] = defaultdict(lambda: 1, counts)
         shorter = {name: count * many[name] for name, count in behind.items()}
-        return Work(total, dict(pieces), shorter, inner)
+        return Work(total, dict(pieces), dict(cheap), shorter, inner)
 
     def streams(self) -> dict[str, int]:
         """Bytes of the stream at each residual module."""

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import rewire
 from rewire.integers import Coefficients
@@ -83,7 +84,8 @@ def test_the_function_does_not_depend_on_the_ways() -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "begun", "ended"), [("reverse", 2, 2), ("checkpoint", 2, 1), ("store", 1, 1)]
+    ("way", "begun", "ended"),
+    [("reverse", 2, 2), ("checkpoint", 2, 1), ("select", 2, 1), ("store", 1, 1)],
 )
 def test_a_branch_runs_again_as_far_as_it_must(way: str, begun: int, ended: int) -> None:
     net = chain((way,) * 4)
@@ -132,10 +134,12 @@ def test_what_each_way_keeps(depth: int) -> None:
         net = ReversibleSequential([Mlp(64, 512) for _ in ways], ways=ways)
         return rewire.profile(net, x)
 
-    reverse, checkpoint, store = (costs(*[way] * depth) for way in WAYS)
+    reverse, checkpoint, select, store = (costs(*[way] * depth) for way in WAYS)
     kept = (depth - 1) * x.nbytes  # the first module's older stream is its input
     assert abs(checkpoint.saved_bytes - reverse.saved_bytes - kept) < 2 * x.nbytes
     assert store.saved_bytes > checkpoint.saved_bytes + depth * 8 * x.nbytes
+    products = depth * 8 * x.nbytes  # of `up`; that of `down` is needed by nobody
+    assert abs(select.saved_bytes - checkpoint.saved_bytes - products) < 2 * x.nbytes
     last = costs(*["reverse"] * (depth - 1), "store")
     # Its activations are needed at once anyway; its older stream is not rebuilt in place.
     assert last.peak_bytes <= reverse.peak_bytes + x.nbytes
@@ -173,7 +177,7 @@ class Activated(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("ways", list(itertools.product(WAYS, repeat=4))[::4])
+@pytest.mark.parametrize("ways", list(itertools.product(WAYS, repeat=4))[::9])
 def test_activations_on_the_trunk_and_several_backwards(ways: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     model, x = Activated().double(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
@@ -230,6 +234,43 @@ def test_coefficients_are_of_the_stream() -> None:
     rewire.make_reversible(model, x, coupling=Watching())(x)
     assert {dtype for dtype, _ in seen} == {torch.float32}
     assert any(negative for _, negative in seen)  # sums, not what the activation makes of them
+
+
+def test_products_are_computed_once() -> None:
+    net = chain(("reverse", "select"), dropout=0.0).eval()
+
+    def products(net: ReversibleSequential) -> int:
+        with FlopCounterMode(display=False) as counter:
+            net(X).square().sum().backward()
+        return counter.get_total_flops()
+
+    with store_activations(net):
+        least = products(net)
+    forward = 4 * X.numel() * 32  # of both linear layers of one branch
+    assert products(net) == least + forward
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_products_that_are_written_to_or_drawn(inplace: bool) -> None:
+    """What is changed in place is computed again, and attention's dropout is drawn again."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            qkv = F.relu(self.qkv(x), inplace=inplace)
+            q, k, v = qkv.unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=0.3)
+            plain = F.scaled_dot_product_attention(q, k, v)
+            return self.out((mixed + plain).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    net = ReversibleSequential([Attention() for _ in range(3)], check="raise", ways=("select",) * 3)
+    found = gradients(net, X)
+    with store_activations(net):
+        assert same(found, gradients(net, X))
 
 
 def test_ways_that_are_none_are_refused() -> None:

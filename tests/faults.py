@@ -76,8 +76,8 @@ def one_module_unreversed(_: nn.Module) -> AbstractContextManager[Any]:
     """The second residual module stores its activations."""
     dropping = tape.Record.dropping
 
-    def storing(self: tape.Record, of: tape.Tape, key: Key) -> Any:
-        return nullcontext() if key == (1, 0) else dropping(self, of, key)
+    def storing(self: tape.Record, of: tape.Tape, key: Key, *more: Any) -> Any:
+        return nullcontext() if key == (1, 0) else dropping(self, of, key, *more)
 
     return patch.object(tape.Record, "dropping", storing)
 

@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -110,11 +109,8 @@ def test_measured_peaks_are_within_the_budget_and_bits_stay(
     plain = rewire.profile(model, x).peak_bytes
     free = rewire.make_reversible(model, x, check="raise")
     expected = gradients(free, x)
-    least = rewire.budgeted(rewire.plan(model, x), model, 0, x).budget
-    assert least is not None
-    assert least.peak_bytes < 0.7 * plain
-    operations = [least.operations]
-    for share in (1.0, 0.7, (0.7 + least.peak_bytes / plain) / 2):
+    operations = []
+    for share in (0.95, 0.6):
         rev = rewire.make_reversible(model, x, budget=share, check="raise")
         found = plan_of(rev).budget
         assert found is not None
@@ -124,8 +120,9 @@ def test_measured_peaks_are_within_the_budget_and_bits_stay(
         for one, other in zip(gradients(rev, x), expected, strict=True):
             assert torch.equal(one, other)
         operations.append(found.operations)
-    assert operations[1] <= operations[2] <= operations[3] <= operations[0]
-    assert operations[1] < 1.1  # nearly all of it fits
+        assert found.least_bytes < 0.6 * plain
+    assert operations[0] < operations[1] < found.least_operations
+    assert operations[0] < 1.1  # nearly all of it fits
 
 
 def test_bytes_are_those_of_the_whole_step() -> None:
@@ -204,8 +201,8 @@ def test_couplings_of_ones_own_and_modules_to_leave_alone() -> None:
     model, x = resnet()
     own = rewire.make_reversible(model, x, coupling=Own(), budget=0.5, exclude=["maxpool"])
     assert not any("maxpool" in row.modules for row in plan_of(own).outside)
-    free = rewire.make_reversible(model, x, budget=0.5)
-    assert any("maxpool" in row.modules for row in plan_of(free).outside)
+    free = rewire.plan(model, x, outside="checkpoint")
+    assert any("maxpool" in row.modules for row in free.outside)
 
 
 def test_a_search_that_trusts_its_pieces_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,26 +220,20 @@ def test_a_search_that_trusts_its_pieces_alone_is_caught(monkeypatch: pytest.Mon
     assert found.peak_bytes <= found.limit_bytes
 
 
-def rich_text(plan: dict[str, Any]) -> str:
-    shown = console(io.StringIO())
-    shown.print(plan_tree(rewire.Plan.from_dict({k: v for k, v in plan.items() if k != "source"})))
-    return shown.file.getvalue()
-
-
 def test_the_command_line_keeps_to_a_budget(tmp_path: Path) -> None:
     name, out = "timm/vit_tiny_patch16_224", tmp_path / "rev.pt"
     shape = ["--input-shape", "2,3,224,224", "--budget", "0.3"]
-    shown = CliRunner().invoke(app, ["inspect", name, *shape, "--json"])
-    plan = json.loads(shown.stdout)
-    assert plan["budget"]["peak_bytes"] <= plan["budget"]["limit_bytes"]
-    assert set(plan["chains"][0]["ways"]) <= set(WAYS)
-    text = rich_text(plan)
-    assert "budget 0.3" in text
-    assert "checkpointed" in text
     done = CliRunner().invoke(app, ["convert", name, "-o", str(out), *shape])
     assert done.exit_code == 0, done.output
-    kept = plan_of(rewire.load(out))
-    assert json.loads(json.dumps(kept.to_dict()))["budget"] == plan["budget"]
+    plan = plan_of(rewire.load(out))
+    assert plan.budget is not None
+    assert plan.budget.peak_bytes <= plan.budget.limit_bytes
+    assert set(plan.chains[0].ways) <= set(WAYS)
+    assert rewire.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    shown = io.StringIO()
+    console(shown).print(plan_tree(plan))
+    assert "budget 0.3" in shown.getvalue()
+    assert "checkpointed" in shown.getvalue()
     for wrong in (["--budget", "0.3"], [*shape[:2], "--budget", "lots"]):
         refused = CliRunner().invoke(app, ["inspect", name, *wrong])
         assert refused.exit_code == 2

@@ -283,8 +283,7 @@ def budgeted(subject: Subject, rival: str) -> nn.Module:
         step(model, subject.x)  # what is made once (compiled code, tables) is no cost of a step
         peaks.append(step_bytes(model, subject.x).peak)
     share = min(1.0, peaks[0] / peaks[1])
-    how: dict[str, Any] = {"budget": share}
-    return rewire.make_reversible(subject.model, subject.x, **how)
+    return rewire.make_reversible(subject.model, subject.x, budget=share)
 
 
 # ---- all of them -------------------------------------------------------------------------

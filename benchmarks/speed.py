@@ -42,6 +42,8 @@ from benchmarks.workloads import Stack
 
 RECORD = RECORDS / "speed.csv"
 WAYS = ("plain", "checkpoint", "rewire")
+STORED = "rewire, stored"
+TOLD = ("rewire", STORED)
 COMPILED = ("compile", "rewire-compile")
 COLUMNS = {
     "dim": "{dim}",
@@ -88,7 +90,7 @@ def measured(dim: int, tokens: int, depth: int, names: Sequence[str], rounds: in
     x = torch.randn(8, tokens, dim, requires_grad=True)
     subject = Subject(model, x)
     ways = {name: make(name, subject) for name in names}
-    ways["rewire, stored"] = Stored(ways["rewire"])
+    ways[STORED] = Stored(ways["rewire"])
     ways["forward"] = Forward(model)
     zero_gradients(subject.leaves)
     for way in ways.values():
@@ -103,12 +105,11 @@ def measured(dim: int, tokens: int, depth: int, names: Sequence[str], rounds: in
         reruns = again if name == "rewire" else 0.0
         row: Row = {"dim": dim, "tokens": tokens, "depth": depth, "way": name}
         row |= {"step_ms": round(1e3 * median, 3), **ratios(seconds[name], seconds["plain"])}
-        extra = round(1e6 * (median - plain - reruns) / (2 * depth), 1)
-        told = name in (
-            "rewire",
-            "rewire, stored",
-        )  # compiled code is another; checkpoint stops early
-        row["module_us"] = extra if told else ""
+        # Of these alone: compiled code is another, and checkpoint stops early.
+        if name in TOLD:
+            row["module_us"] = round(1e6 * (median - plain - reruns) / (2 * depth), 1)
+        else:
+            row["module_us"] = ""
         rows.append(row)
     return rows
 

@@ -26,13 +26,11 @@ from rewire.coupling import Coupling
 from rewire.errors import RewireError
 from rewire.estimation import place_of_estimate
 from rewire.inputs import as_example, without_memory
-from rewire.outside import checkpointed
-from rewire.planning import matches
+from rewire.planning import outside_of
 from rewire.plans import Budget, Plan
 from rewire.profiling import TrainingStep
 from rewire.rewriting import rewritten
 from rewire.sizes import budget_of, human_bytes
-from rewire.stretches import unfit
 from rewire.trials import Heights, Trial, on_trial
 
 # Forward and backward together, as multiples of forward.
@@ -102,15 +100,9 @@ def budgeted(
     maker = optimizer_named(optimizer) if isinstance(optimizer, str) else optimizer
     there = sum(standing(model, step.tensors, maker))
     with on_trial(model, example, place) as trial:
-        trial.run()  # what is made once (tables, masks) is no cost of a step
         plain = trial.run().peak
     limit = _limit(budget, amount, there, plain)
-    globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-
-    def refuse(name: str, module: nn.Module) -> bool:
-        return matches(name, globs) or bool(unfit(module))
-
-    rows = checkpointed(model, example, plan.chains, refuse)
+    rows = outside_of(plan, model, example, exclude)
     whole = [replace(chain, ways=(), chunks=1) for chain in plan.chains]
     plan = replace(plan, chains=whole, outside=rows)
     with on_trial(rewritten(model, plan, coupling, "off"), example, place) as trial:
@@ -294,9 +286,7 @@ class _Search:
         rows = plan.outside
         self._stretches = {row.modules[0]: row.saved_bytes - row.kept_bytes for row in rows}
         self._modules = [residual.name for residual in plan.modules]
-        self._cut: set[tuple[int, ...]] = set()
-        self._choose({})
-        trial.run()  # makes what is made once
+        self._cut = {(1,) * len(plan.chains)}  # what has run in so many parts
         self._work = trial.work()
         self._streams = trial.streams()
         self._choose(dict.fromkeys([*self._modules, *self._stretches], "select"))

@@ -12,7 +12,6 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ class Compiled:
     def __init__(self, function: Callable[..., Any], how: Compile) -> None:
         self._plain = function
         options = dict(how) if isinstance(how, Mapping) else {}
-        self._compiled: Callable[..., Any] | None = _shared(function, _Options(_frozen(options)))
+        self._compiled: Callable[..., Any] | None = _shared(function, _frozen(options))
         self._ran = False
 
     def __call__(self, *args: Any) -> Any:
@@ -96,22 +95,10 @@ class Compiled:
         )
 
 
-@dataclass(frozen=True)
-class _Options:
-    """Keyword arguments of `torch.compile`, hashable."""
-
-    items: Any
-
-    def thawed(self) -> dict[str, Any]:
-        """As they were given."""
-        thawed: dict[str, Any] = _thawed(self.items)
-        return thawed
-
-
 @functools.lru_cache(maxsize=1024)
-def _shared(function: Callable[..., Any], options: _Options) -> Callable[..., Any]:
-    """The compiled twin of a function: branches of the same code have the same."""
-    how = {"fullgraph": True, "dynamic": False, **options.thawed()}
+def _shared(function: Callable[..., Any], options: Any) -> Callable[..., Any]:
+    """The compiled twin of a function, with frozen options: the same for the same code."""
+    how = {"fullgraph": True, "dynamic": False, **_thawed(options)}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         # One code serves all branches of a kind, in every shape and mode.
         how.setdefault("recompile_limit", _MOST)

@@ -64,16 +64,41 @@ def estimate(
     inputs, kwargs = given_or_found(model, inputs, kwargs)
     place = place_of_estimate(model, device)
     there = standing(model, TrainingStep(model, inputs, kwargs).tensors, optimizer)
-    operations = as_on_cuda() if place.type == "cuda" else nullcontext()
+    advice = ". Measure it: rewire.profile(model, ...)."
+    with step_on_fakes(model, inputs, kwargs, place, advice) as step:
+        return step.profiled(there, place, LiveBytes(), timed=False)
+
+
+@contextmanager
+def step_on_fakes(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    place: torch.device,
+    advice: str,
+) -> Iterator[TrainingStep]:
+    """A training step of a copy of a model on fake tensors, as on a device.
+
+    Args:
+        model: The model.
+        inputs: What to call it with.
+        kwargs: Keyword arguments of the call.
+        place: The device.
+        advice: How the message goes on where the model's code looks at values.
+
+    Raises:
+        RewireError: It does.
+    """
+    operations = _as_on_cuda() if place.type == "cuda" else nullcontext()
     with on_fakes(model, inputs, kwargs) as (twin, args, named), operations:
         step = TrainingStep(twin, args, named)
         try:
             with step.zero_gradients():
-                return step.profiled(there, place, LiveBytes(), timed=False)
+                yield step
         except NEEDS_VALUES as error:
             raise RewireError(
                 f"{type(model).__name__}: its code looks at the values of tensors "
-                f"({error}), which an estimate has not. Measure it: rewire.profile(model, ...)."
+                f"({error}), which an estimate has not{advice}"
             ) from error
 
 
@@ -168,7 +193,7 @@ class _RealStaysReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def as_on_cuda() -> Iterator[None]:
+def _as_on_cuda() -> Iterator[None]:
     """Have what runs on fake tensors keep what it would keep on a GPU."""
     with kernels_on_fakes(), _CudasOperations():
         yield

@@ -54,7 +54,7 @@ def own_surroundings() -> Iterator[None]:
     as it is, and the chain drops what the checkpoint would have.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, as_it_is))
         for name in _CHECKPOINTS:
             if hasattr(torch.utils.checkpoint, name):
                 replaced = mock.patch.object(torch.utils.checkpoint, name, _nothing_around)
@@ -62,7 +62,8 @@ def own_surroundings() -> Iterator[None]:
         yield
 
 
-def _same(tensor: Tensor) -> Tensor:
+def as_it_is(tensor: Tensor) -> Tensor:
+    """The tensor: what unpacks it where packing has changed nothing."""
     return tensor
 
 

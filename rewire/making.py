@@ -74,7 +74,7 @@ def make_reversible(
             graph breaks; what cannot be runs as it is, with a warning. Each shape takes a
             compilation. No second derivatives, as with any compiled code. What compiled code
             saves is the compiler's: a stored module may take more than a budget has counted,
-            measured up to a quarter. It is not part of the plan, nor of files.
+            measured up to 28 %. It is not part of the plan, nor of files.
         include: As for `rewire.plan`.
         exclude: As for `rewire.plan`.
 

@@ -143,13 +143,19 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operation and count it."""
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        formula = formula_of(func)
         tensors = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         count = sum(tensor.numel() for tensor in tensors) * _PER_ELEMENT
         if formula is not None:
             count += formula(*args, **(kwargs or {}), out_val=result)
         self._tell(count, formula is not None)
         return result
+
+
+def formula_of(func: Any) -> Callable[..., int] | None:
+    """How many operations a matrix product, convolution or attention takes; of all else None."""
+    found: Callable[..., int] | None = flop_registry.get(getattr(func, "_overloadpacket", None))
+    return found
 
 
 class AllocatedBytes:

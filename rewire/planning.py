@@ -24,7 +24,7 @@ from rewire.inputs import Example, as_example, example_for, one_more, without_me
 from rewire.isolation import own_surroundings, training_mode
 from rewire.links import PRECISIONS
 from rewire.outside import CHOICES, checkpointed
-from rewire.plans import Chain, Plan, Residual, Skipped
+from rewire.plans import Chain, Checkpointed, Plan, Residual, Skipped
 from rewire.replay import uncached_autocast
 from rewire.residuals import Found, find_residuals
 from rewire.stretches import unfit
@@ -111,11 +111,19 @@ def plan(
     plan = coupled(plan, coupling, precision, chunks)
     if outside == "store" or not chains:
         return plan
+    return replace(plan, outside=outside_of(plan, model, example, exclude))
+
+
+def outside_of(
+    plan: Plan, model: nn.Module, example: Example, exclude: Sequence[str] | str
+) -> tuple[Checkpointed, ...]:
+    """What pays to be checkpointed outside of a plan's chains, but for what globs exclude."""
+    globs = _tuple(exclude)
 
     def refuse(name: str, module: nn.Module) -> bool:
-        return matches(name, globs.exclude) or bool(unfit(module))
+        return _matches(name, globs) or bool(unfit(module))
 
-    return replace(plan, outside=checkpointed(model, example, plan.chains, refuse))
+    return checkpointed(model, example, plan.chains, refuse)
 
 
 def _trained(model: nn.Module, example: Example) -> Watched | None:
@@ -245,15 +253,15 @@ class _Globs(NamedTuple):
     def choose(self, residual: Residual) -> bool:
         """Whether a residual module is to be rewired."""
         names = residual.name, residual.home
-        out = any(matches(name, self.exclude) for name in names)
-        return not out and (not self.include or any(matches(n, self.include) for n in names))
+        out = any(_matches(name, self.exclude) for name in names)
+        return not out and (not self.include or any(_matches(n, self.include) for n in names))
 
 
 def _tuple(value: Sequence[str] | str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def matches(name: str, globs: Iterable[str]) -> bool:
+def _matches(name: str, globs: Iterable[str]) -> bool:
     """Whether a qualified name, or a module above it, matches one of the globs."""
     parts = name.split(".")
     above = [".".join(parts[: n + 1]) for n in range(len(parts))]
@@ -267,7 +275,7 @@ def _check_globs(
     drafts = name_residuals(watched, found)
     names = {name for d in drafts for name in (d.residual.name, d.residual.home)}.union(others)
     for glob in globs:
-        if not any(matches(name, [glob]) for name in names):
+        if not any(_matches(name, [glob]) for name in names):
             near = difflib.get_close_matches(glob, sorted(names), 3, 0) or ["none"]
             raise RewireError(
                 f"{glob!r} matches no residual module (near it: {', '.join(near)}). Names are "

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
 
+from rewire.meters import formula_of
 from rewire.replay import version
 
 
@@ -56,7 +56,7 @@ class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if is_product(func) and not _draws(func, args, kwargs or {}):
+        if _repeats(func, args, kwargs or {}):
             alone = tree_map_only(Tensor, _alias, result)
             self._results.append((func, alone, _versions(alone)))
         return result
@@ -71,7 +71,7 @@ class _Giving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         row = None
-        if is_product(func) and not _draws(func, args, kwargs or {}):
+        if _repeats(func, args, kwargs or {}):
             row = self._results[self._met] if self._met < len(self._results) else None
             self._met += 1
         if row is None or row[0] is not func:
@@ -79,20 +79,17 @@ class _Giving(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tree_map_only(Tensor, _alias, row[1])
 
 
-def is_product(func: Any) -> bool:
-    """Whether an operation is one of those that take the time."""
-    return getattr(func, "_overloadpacket", None) in flop_registry
-
-
-def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation draws random numbers, which must be drawn again: attention's dropout."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
+def _repeats(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation is a product, and draws nothing: attention's dropout is drawn again."""
+    if formula_of(func) is None:
         return False
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return True
     for number, argument in enumerate(func._schema.arguments):
         if argument.name == "dropout_p":
             given = args[number] if number < len(args) else argument.default_value
-            return bool(kwargs.get("dropout_p", given))
-    return True
+            return not kwargs.get("dropout_p", given)
+    return False
 
 
 def _alias(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from rewire.holdings import Holdings
 from rewire.links import Course
 from rewire.running import advance, open_chain
 from rewire.steps import Branch, Output
-from rewire.stretches import Stretch, place_of
+from rewire.stretches import Stretch, stretches_in
 
 
 class ModuleBranch:
@@ -228,8 +228,7 @@ def store_activations(model: nn.Module) -> Iterator[None]:
     The same function, and the same arithmetic in the same order: the plain twin for
     tests and debugging.
     """
-    places = filter(None, map(place_of, model.modules()))
-    found: list[Course | Stretch] = [*courses(model), *(place.stretch for place in places)]
+    found: list[Course | Stretch] = [*courses(model), *stretches_in(model)]
     with _lent(found, "stored", lambda _: True):
         yield
 
@@ -253,7 +252,7 @@ def _lent(
     owners: Iterable[Course | Stretch], name: str, other: Callable[[Any], Any]
 ) -> Iterator[None]:
     """Run with an attribute of each owner as `other` makes it of what it is."""
-    before = {id(one): (one, getattr(one, name)) for one in owners}.values()
+    before = [(one, getattr(one, name)) for one in owners]
     try:
         for one, value in before:
             setattr(one, name, other(value))
@@ -269,8 +268,8 @@ def exact(model: nn.Module) -> bool:
 
 
 def courses(model: nn.Module) -> Iterator[Course]:
-    """The chains of a model at run time; one that has modules in several homes comes again."""
-    return (chain.course for chain in chains(model))
+    """The chains of a model at run time, each once."""
+    return iter(dict.fromkeys(chain.course for chain in chains(model)))
 
 
 def chains(model: nn.Module) -> Iterator[ReversibleSequential]:

@@ -202,6 +202,12 @@ def place_of(module: nn.Module) -> Place | None:
     return found
 
 
+def stretches_in(model: nn.Module) -> list[Stretch]:
+    """The stretches of a model, each once."""
+    places = filter(None, map(place_of, model.modules()))
+    return list(dict.fromkeys(place.stretch for place in places))
+
+
 def unfit(module: nn.Module) -> str:
     """Why a module cannot be in a stretch, whatever it does; empty if it can."""
     if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewire.errors import CannotTrace
 from rewire.inputs import Example, one_more
-from rewire.isolation import isolated, lend_fakes, plain_homes, training_mode, uncompiled
+from rewire.isolation import as_it_is, isolated, lend_fakes, plain_homes, training_mode, uncompiled
 from rewire.meters import Operations
 from rewire.recorder import watched_calls
 from rewire.replay import version
@@ -155,7 +155,7 @@ class _Surveyor:
     def run(self) -> Survey:
         """Run the model."""
         args, kwargs = self._arguments
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _same)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, as_it_is)
         with watched_calls(self._call), Operations(self._count), hooks:
             result = self._model(*args, **kwargs)
         del result
@@ -212,7 +212,3 @@ class _Surveyor:
         number = self._storages.setdefault(key, len(self._storages))
         self._sizes.setdefault(number, size)
         return number
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

@@ -45,6 +45,7 @@ class Kept(NamedTuple):
 
     name: str
     elements: int  # of the stream; 0 for a normalisation, which belongs to its module
+    width: int  # bytes of one
     nbytes: int
 
 
@@ -132,6 +133,20 @@ class Tape:
         self.tails[position] = tail
         return result
 
+    def hold(self, step: Step, newest: Tensor, older: Tensor, *, marked: bool) -> None:
+        """Keep x_{i-1}, so that it need not be rebuilt.
+
+        Args:
+            step: That leads from (x_i, x_{i-1}).
+            newest: x_i.
+            older: x_{i-1}.
+            marked: x_i will be rebuilt: it is to be known again.
+        """
+        marked = marked and self.chain.check != "off"
+        begins = self.begins_equal and not self.steps
+        stream = None if begins else older.detach()
+        step.held = Held(stream, version(stream), drift.mark(newest) if marked else None)
+
     def commit(self, step: Step, newest: Tensor, older: Tensor) -> None:
         """Note a step that has run, and the streams after it."""
         before = f"the result of {self.steps[-1].branch.name}" if self.steps else "the input"
@@ -148,7 +163,7 @@ class Tape:
         for keeper in _keepers:
             elements = 0 if isinstance(step.undo, Normed) else newest.numel()
             nbytes = sum(part.undo.nbytes for part in step.parts)
-            keeper.append(Kept(step.branch.name, elements, nbytes))
+            keeper.append(Kept(step.branch.name, elements, newest.element_size(), nbytes))
 
     def _repeat(self, step: Step) -> None:
         """Run a step's branch again at once, and tell whether it gave the same bits."""
@@ -230,20 +245,6 @@ class Tape:
         for number in reversed(range(len(step.parts))):
             if number not in self._undone:
                 self._undo(step, number, catch=False)
-
-    def hold(self, step: Step, newest: Tensor, older: Tensor, *, marked: bool) -> None:
-        """Keep x_{i-1}, so that it need not be rebuilt.
-
-        Args:
-            step: That leads from (x_i, x_{i-1}).
-            newest: x_i.
-            older: x_{i-1}.
-            marked: x_i will be rebuilt: it is to be known again.
-        """
-        marked = marked and self.chain.check != "off"
-        begins = self.begins_equal and not self.steps
-        stream = None if begins else older.detach()
-        step.held = Held(stream, version(stream), drift.mark(newest) if marked else None)
 
     def _take(self, step: Step, held: Held) -> None:
         """To state i, where x_{i-1} was kept; once, so that it is free when backward is past it."""

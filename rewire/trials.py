@@ -6,26 +6,23 @@ that forward leaves in each, and the most that are alive while backward is in it
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rewire.errors import RewireError
-from rewire.estimation import as_on_cuda, on_fakes
+from rewire.estimation import step_on_fakes
 from rewire.inputs import Example
-from rewire.isolation import NEEDS_VALUES, training_mode
-from rewire.links import Course
+from rewire.isolation import as_it_is, training_mode
 from rewire.meters import LiveBytes, Operations
 from rewire.observers import watching_runs
 from rewire.profiling import TrainingStep, no_collection
 from rewire.reversible import courses, store_activations
 from rewire.running import watch_branches
-from rewire.stretches import Stretch, place_of
+from rewire.stretches import stretches_in
 from rewire.tape import watch_corrections
 
 
@@ -76,20 +73,15 @@ def on_trial(model: nn.Module, example: Example, device: torch.device) -> Iterat
     Raises:
         RewireError: Its code looks at values.
     """
-    operations = as_on_cuda() if device.type == "cuda" else nullcontext()
+    advice = (
+        ", and a budget is kept by estimates. Rewire it without budget=, and measure: "
+        "rewire.profile(model, ...)."
+    )
     mode = training_mode(model, True) if not model.training else nullcontext()
-    fakes = on_fakes(model, example.args, example.kwargs)
-    with mode, fakes as (twin, args, kwargs), operations:
-        trial = Trial(TrainingStep(twin, args, kwargs))
-        try:
-            with trial.step.zero_gradients():
-                yield trial
-        except NEEDS_VALUES as error:
-            raise RewireError(
-                f"{type(model).__name__}: its code looks at the values of tensors ({error}), which "
-                "an estimate has not, and a budget is kept by estimates. Rewire it without "
-                "budget=, and measure: rewire.profile(model, ...)."
-            ) from error
+    with mode, step_on_fakes(model, example.args, example.kwargs, device, advice) as step:
+        trial = Trial(step)
+        trial.run()  # what is made once (tables, masks) is no cost of a step
+        yield trial
 
 
 @dataclass(frozen=True)
@@ -97,11 +89,6 @@ class Trial:
     """A step that can be run in several ways."""
 
     step: TrainingStep
-
-    @property
-    def courses(self) -> list[Course]:
-        """The chains, each once."""
-        return list({id(course): course for course in courses(self.step.model)}.values())
 
     def choose(
         self, ways: Mapping[str, str], chunks: Mapping[str, int], stored: Collection[str] = ()
@@ -113,10 +100,10 @@ class Trial:
             chunks: For each chain into how many parts its branches are cut.
             stored: Names of the first modules of stretches whose activations are stored.
         """
-        for course in self.courses:
+        for course in courses(self.step.model):
             course.ways = tuple(ways.get(site, "reverse") for site in course.sites)
             course.chunks = chunks.get(course.name, 1)
-        for stretch in self._stretches():
+        for stretch in stretches_in(self.step.model):
             stretch.stored = stretch.row.modules[0] in stored
 
     def run(self) -> Heights:
@@ -176,8 +163,8 @@ class Trial:
                 behind[name] = 0
             return tensor.detach()
 
-        sites = {site for course in self.courses for site in course.sites}
-        hooks = torch.autograd.graph.saved_tensors_hooks(save, _same)
+        sites = {site for course in courses(self.step.model) for site in course.sites}
+        hooks = torch.autograd.graph.saved_tensors_hooks(save, as_it_is)
         with (
             store_activations(self.step.model),
             watch_branches() as branches,
@@ -187,29 +174,14 @@ class Trial:
         ):
             self.step.forward()
         total = pieces.pop("")
-        many: defaultdict[str, int] = defaultdict(lambda: 1, counts)
-        shorter = {name: count * many[name] for name, count in behind.items()}
+        shorter = {name: count * counts[name] for name, count in behind.items()}
         return Work(total, dict(pieces), dict(cheap), shorter, inner)
 
     def streams(self) -> dict[str, int]:
         """Bytes of the stream at each residual module."""
-        widths = {site: _width(course) for course in self.courses for site in course.sites}
         with watch_corrections() as kept:
             self.step.forward()
         found: Counter[str] = Counter()
         for row in kept:
-            found[row.name] += row.elements * widths.get(row.name, 0)
+            found[row.name] += row.elements * row.width
         return dict(found)
-
-    def _stretches(self) -> list[Stretch]:
-        places = filter(None, map(place_of, self.step.model.modules()))
-        return list({id(place.stretch): place.stretch for place in places}.values())
-
-
-def _width(course: Course) -> int:
-    """Bytes of an element of a chain's streams, in a model of float32 or less."""
-    return course.stream_dtype(torch.float32).itemsize
-
-
-def _same(value: Any) -> Any:
-    return value

@@ -22,12 +22,13 @@ import torch
 from torch import nn
 
 from rewire.accounting import Optimizer, optimizer_named, standing
+from rewire.costs import Call, Clock, clock_of
 from rewire.coupling import Coupling
 from rewire.errors import RewireError
 from rewire.estimation import place_of_estimate
 from rewire.inputs import as_example, without_memory
 from rewire.planning import outside_of
-from rewire.plans import Budget, Plan
+from rewire.plans import WAYS, Budget, Plan
 from rewire.profiling import TrainingStep
 from rewire.rewriting import rewritten
 from rewire.sizes import budget_of, human_bytes
@@ -94,19 +95,20 @@ def budgeted(
         True
     """
     amount = budget_of(budget)
-    example = without_memory(as_example(example_inputs))
+    example = as_example(example_inputs)
     place = place_of_estimate(model, device)
     step = TrainingStep(model, example.args, example.kwargs)
     maker = optimizer_named(optimizer) if isinstance(optimizer, str) else optimizer
     there = sum(standing(model, step.tensors, maker))
     with on_trial(model, example, place) as trial:
-        plain = trial.run().peak
+        original = trial.run()
+    plain = original.peak
     limit = _limit(budget, amount, there, plain)
-    rows = outside_of(plan, model, example, exclude)
+    rows = outside_of(plan, model, without_memory(example), exclude)
     whole = [replace(chain, ways=(), chunks=1) for chain in plan.chains]
     plan = replace(plan, chains=whole, outside=rows)
     with on_trial(rewritten(model, plan, coupling, "off"), example, place) as trial:
-        choice, least = _Search(trial, plan).found(limit)
+        choice, least = _Search(trial, plan, clock_of(place), original.all).found(limit)
     limit = limit or choice.peak
     if choice.peak > limit:
         raise _too_little(budget, least, plain, there)
@@ -116,9 +118,9 @@ def budgeted(
         choice.peak,
         plain,
         there,
-        choice.operations,
+        choice.time,
         least.peak,
-        least.operations,
+        least.time,
     )
     return replace(choice.applied(plan), budget=found)
 
@@ -160,13 +162,13 @@ class Option(NamedTuple):
         way: "reverse", "checkpoint", "select" or "store".
         kept: Bytes that are there behind it, more than if it were reversed.
         beside: The same behind a piece that is stored, and has kept a part of these already.
-        operations: That backward runs again.
+        cost: What backward runs again, in time.
     """
 
     way: str
     kept: int
     beside: int
-    operations: float
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ class _Label(NamedTuple):
     """How the first pieces are run, one after the other, to keep so many bytes."""
 
     kept: int
-    operations: float
+    cost: float
     way: str = ""
     before: _Label | None = None
 
@@ -201,7 +203,7 @@ class _Label(NamedTuple):
 
 
 def cheapest(pieces: Sequence[Piece], end: int, limit: int) -> dict[str, str] | None:
-    """The ways of all pieces with the fewest operations such that no height is above a limit.
+    """The ways of all pieces that cost the least such that no height is above a limit.
 
     Args:
         pieces: In the order in which they run.
@@ -221,24 +223,24 @@ def cheapest(pieces: Sequence[Piece], end: int, limit: int) -> dict[str, str] | 
                     continue
                 for option in piece.options:
                     kept = label.kept + (option.beside if after_stored else option.kept)
-                    made = _Label(kept, label.operations + option.operations, option.way, label)
+                    made = _Label(kept, label.cost + option.cost, option.way, label)
                     row = found[option.way == "store"]
                     other = row.get(kept // quantum)
-                    if other is None or made.operations < other.operations:
+                    if other is None or made.cost < other.cost:
                         row[kept // quantum] = made
         labels = {stored: _undominated(row.values()) for stored, row in found.items()}
     fit = [label for some in labels.values() for label in some if label.kept + end <= limit]
     if not fit:
         return None
-    best = min(fit, key=lambda label: (label.operations, label.kept))
+    best = min(fit, key=lambda label: (label.cost, label.kept))
     return dict(zip((piece.name for piece in reversed(pieces)), best.ways(), strict=True))
 
 
 def _undominated(labels: Collection[_Label]) -> list[_Label]:
-    """Those that no other beats in memory and operations both."""
+    """Those that no other beats in memory and time both."""
     best: list[_Label] = []
-    for label in sorted(labels, key=lambda one: (one.kept, one.operations)):
-        if not best or label.operations < best[-1].operations:
+    for label in sorted(labels, key=lambda one: (one.kept, one.cost)):
+        if not best or label.cost < best[-1].cost:
             best.append(label)
     return best
 
@@ -254,13 +256,13 @@ class Choice:
         ways: Of each piece.
         chunks: Of each chain.
         peak: Of the step, in bytes.
-        operations: Of the step, as a multiple of the original's.
+        time: Of the step, as a multiple of the original's.
     """
 
     ways: Mapping[str, str]
     chunks: Mapping[str, int]
     peak: int
-    operations: float
+    time: float
 
     def applied(self, plan: Plan) -> Plan:
         """A plan that runs so."""
@@ -279,20 +281,28 @@ class _Search:
     Args:
         trial: The rewired model.
         plan: Its plan, with all the stretches that can be checkpointed.
+        clock: Tells what operations cost.
+        original: The operations of the original's step.
     """
 
-    def __init__(self, trial: Trial, plan: Plan) -> None:
-        self._trial, self._plan = trial, plan
+    def __init__(self, trial: Trial, plan: Plan, clock: Clock, original: Mapping[Call, int]):
+        self._trial, self._plan, self._clock = trial, plan, clock
         rows = plan.outside
         self._stretches = {row.modules[0]: row.saved_bytes - row.kept_bytes for row in rows}
         self._modules = [residual.name for residual in plan.modules]
         self._cut = {(1,) * len(plan.chains)}  # what has run in so many parts
-        self._work = trial.work()
         self._streams = trial.streams()
-        self._choose(dict.fromkeys([*self._modules, *self._stretches], "select"))
-        self._selected = trial.run()
-        self._choose(dict.fromkeys([*self._modules, *self._stretches], "store"))
-        self._stored = trial.run()
+        self._runs = {way: self._uniform(way) for way in WAYS}
+        self._original = clock.cost(original)
+        # What rewiring costs where nothing runs again: the arithmetic of the streams.
+        self._beside = clock.cost(self._runs["store"].all) - self._original
+
+    def _uniform(self, way: str) -> Heights:
+        """A run in which all pieces go one way; those inside of others are reversed."""
+        inner = self._trial.inner
+        modules = (name for name in self._modules if name not in inner)
+        self._choose(dict.fromkeys([*modules, *self._stretches], way))
+        return self._trial.run()
 
     def found(self, limit: int | None) -> tuple[Choice, Choice]:
         """The fastest choice within a limit (None: the least that there is), and the least."""
@@ -339,8 +349,8 @@ class _Search:
             if choice.peak > limit:
                 target -= max(choice.peak - limit, limit // 50)
                 continue
-            best = min(best, choice, key=lambda one: one.operations)
-            if again or choice.peak >= _NEAR * limit or choice.operations == 1:
+            best = min(best, choice, key=lambda one: one.time)
+            if again or choice.peak >= _NEAR * limit or choice.time == 1:
                 break
             target += limit - choice.peak
         return best
@@ -351,12 +361,12 @@ class _Search:
         """A choice, run."""
         self._choose(ways, chunks)
         again = sum(
-            option.operations
+            option.cost
             for piece in pieces
             for option in piece.options
             if option.way == ways[piece.name]
         )
-        share = again / (_STEP * max(1, self._work.all))
+        share = (again + self._beside) / max(self._original, 1e-9)
         return Choice(ways, chunks, self._trial.run().peak, 1 + share)
 
     def _pieces(self, chunks: Mapping[str, int]) -> tuple[list[Piece], int]:
@@ -377,23 +387,20 @@ class _Search:
             name: Of it.
             parts: Into how many its branch is cut; None: it is no residual module.
         """
-        work = self._work
-        operations = work.pieces.get(name, 0)
+        cost = {way: self._clock.cost(run.again[name]) for way, run in self._runs.items()}
         if parts is None:
             freed = self._stretches[name]
-            yield Option("checkpoint", 0, 0, operations)
+            yield Option("checkpoint", 0, 0, cost["checkpoint"])
             yield Option("store", freed, freed, 0)
             return
-        cut = _STEP * operations * parts * _PART if parts > 1 else 0
-        yield Option("reverse", 0, 0, operations + cut)
-        if name not in work.inner:
+        cut = _STEP * cost["reverse"] * parts * _PART if parts > 1 else 0
+        yield Option("reverse", 0, 0, cost["reverse"] + cut)
+        if name not in self._trial.inner:
             stream = self._streams.get(name, 0)
-            stored = self._stored.forward[name]
-            shorter = operations - work.behind.get(name, 0)
-            yield Option("checkpoint", stream, 0, shorter + cut)
-            selected = self._selected.forward[name]  # with the branch's result, which goes
-            cheap = work.cheap.get(name, 0)
-            yield Option("select", selected, max(0, selected - stream), cheap + cut)
+            selected = self._runs["select"].forward[name]  # with the branch's result, which goes
+            stored = self._runs["store"].forward[name]
+            yield Option("checkpoint", stream, 0, cost["checkpoint"] + cut)
+            yield Option("select", selected, max(0, selected - stream), cost["select"] + cut)
             yield Option("store", stored + stream, stored, 0)
 
     def _reversed(self, chunks: Mapping[str, int]) -> Heights:

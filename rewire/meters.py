@@ -126,11 +126,10 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     element that an operation gives the time of a few of these, which reading and writing takes.
 
     Args:
-        count: Called with the number of each operation, and whether it is one that takes the time
-            (a matrix product and the like).
+        count: Called with the number of each operation.
     """
 
-    def __init__(self, count: Callable[[int, bool], None]) -> None:
+    def __init__(self, count: Callable[[int], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._tell = count
 
@@ -148,7 +147,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         count = sum(tensor.numel() for tensor in tensors) * _PER_ELEMENT
         if formula is not None:
             count += formula(*args, **(kwargs or {}), out_val=result)
-        self._tell(count, formula is not None)
+        self._tell(count)
         return result
 
 

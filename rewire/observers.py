@@ -9,8 +9,9 @@ from typing import TypeVar
 
 Seen = TypeVar("Seen")
 
-# Called with "begins", "ends" (both in forward) or "again" (in backward), and the name of the
-# residual module, or of the first module of a stretch (of which nobody tells the end).
+# Called with "begins" and "ends" in forward, "again" and "done" in backward around what runs again,
+# and the name of the residual module, or of the first module of a stretch (whose "ends" nobody
+# tells).
 Watcher = Callable[[str, str], None]
 
 
@@ -38,6 +39,16 @@ def tell(event: str, name: str) -> None:
     """Tell all watchers of this thread."""
     for watcher in _watchers.all:
         watcher(event, name)
+
+
+@contextmanager
+def running_again(name: str) -> Iterator[None]:
+    """Tell them that backward runs a piece again inside."""
+    tell("again", name)
+    try:
+        yield
+    finally:
+        tell("done", name)
 
 
 @contextmanager

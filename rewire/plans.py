@@ -190,9 +190,9 @@ class Budget:
         peak_bytes: The step's peak.
         plain_bytes: The original's.
         standing_bytes: Parameters, gradients, the optimizer's state, inputs.
-        operations: Of a step, as a multiple of the original's.
+        time: Of a step, as a multiple of the original's.
         least_bytes: The step's peak if all were reversed, in as many parts.
-        least_operations: Its operations then.
+        least_time: Its time then.
     """
 
     asked: str
@@ -200,9 +200,9 @@ class Budget:
     peak_bytes: int
     plain_bytes: int
     standing_bytes: int
-    operations: float
+    time: float
     least_bytes: int
-    least_operations: float
+    least_time: float
 
 
 @dataclass(frozen=True)

@@ -271,8 +271,8 @@ def _budget_line(budget: Budget) -> Text:
         f"  {human_bytes(budget.peak_bytes)} of {human_bytes(budget.limit_bytes)} in a step at its "
         f"peak ({human_bytes(budget.plain_bytes)} original, {human_bytes(budget.least_bytes)} all "
         f"reversed), beside {human_bytes(budget.standing_bytes)} that stand; "
-        f"{budget.operations:.2f} × the original's operations "
-        f"({budget.least_operations:.2f} all reversed); estimated",
+        f"{budget.time:.2f} × the original's time "
+        f"({budget.least_time:.2f} all reversed); estimated",
         style="not bold default",
     )
     return text

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from rewire.errors import NotRepeatable
 from rewire.holdings import Holdings
-from rewire.observers import tell
+from rewire.observers import running_again, tell
 from rewire.plans import Checkpointed
 from rewire.replay import (
     RngStates,
@@ -147,9 +147,9 @@ class Ran:
         while before := runs[-1]._before:
             runs.append(before[0])
         result = None
-        tell("again", runs[-1]._name)
-        for ran in reversed(runs):
-            result = ran._again(result, last=ran is self)
+        with running_again(runs[-1]._name):
+            for ran in reversed(runs):
+                result = ran._again(result, last=ran is self)
 
     def _again(self, result: Any, *, last: bool) -> Any:
         """Run the module again, in the surroundings of its first run.

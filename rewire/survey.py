@@ -191,7 +191,7 @@ class _Surveyor:
             visit.result = self._tensor(result), version(result)
         return result
 
-    def _count(self, operations: int, _: bool) -> None:
+    def _count(self, operations: int) -> None:
         self._scope[-1].operations += operations
 
     def _pack(self, tensor: Tensor) -> Tensor:

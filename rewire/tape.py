@@ -24,7 +24,7 @@ from rewire.cuts import ALL, UNCUT, Place, add_up_in_place, at, dense, view_at
 from rewire.errors import NotRepeatable, StreamMismatch
 from rewire.holdings import changed_flag
 from rewire.norms import Normed
-from rewire.observers import observing, tell
+from rewire.observers import observing, running_again
 from rewire.products import Products
 from rewire.replay import (
     RngStates,
@@ -286,6 +286,11 @@ class Tape:
     def _uncoupled(self, step: Step, part: Part, undo: Coupled, *, catch: bool) -> Tensor:
         """x_{i-1}, or x_{i+1} in which one more part is that of x_{i-1}."""
         output = self._run(step, part, self.older, catch=catch)
+        with running_again(step.branch.name):
+            return self._inverse(step, part, undo, output)
+
+    def _inverse(self, step: Step, part: Part, undo: Coupled, output: Output) -> Tensor:
+        """The same, given what the branch gives."""
         whole, own = part.place == ALL, bool(self._undone) or _is_alone(self.newest)
         if not (whole or own):
             self.newest, own = self.newest.clone(), True
@@ -353,11 +358,11 @@ class Tape:
         """The surroundings of a branch's first run on a part, and its side inputs."""
         self._check(step, part)
         self._forget()
-        tell("again", step.branch.name)
-        sides = part.sides.again()
         draws = replayed_rng(part.rng), replayed_generators(part.generators)
-        with step.around.replayed(), draws[0], draws[1]:
-            yield sides
+        with running_again(step.branch.name):
+            sides = part.sides.again()
+            with step.around.replayed(), draws[0], draws[1]:
+                yield sides
 
     def _check(self, step: Step, part: Part) -> None:
         """Raise where something that a rerun needs is no longer what it was."""

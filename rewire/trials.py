@@ -1,69 +1,57 @@
 """One training step, run on tensors without values in several ways, to learn what each costs.
 
 Residual modules and stretches outside of the chains are the pieces of a step. A run tells the bytes
-that forward leaves in each, and the most that are alive while backward is in it.
+that forward leaves in each, the most that are alive while backward is in it, and what runs again.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from rewire.costs import Call, Calls
 from rewire.estimation import step_on_fakes
 from rewire.inputs import Example
-from rewire.isolation import as_it_is, training_mode
-from rewire.meters import LiveBytes, Operations
+from rewire.isolation import training_mode
+from rewire.meters import LiveBytes
 from rewire.observers import watching_runs
 from rewire.profiling import TrainingStep, no_collection
-from rewire.reversible import courses, store_activations
-from rewire.running import watch_branches
+from rewire.reversible import courses
 from rewire.stretches import stretches_in
 from rewire.tape import watch_corrections
 
 
 @dataclass
 class Heights:
-    """Bytes of tensors in one step.
+    """Bytes of tensors in one step, and what it ran.
 
     Attributes:
         forward: By residual module, what more is alive behind its branch than before it. Other
             pieces are named in their place.
         backward: By piece, the most while backward is in it, and in what lies before it.
         end: The most before backward comes to the first of them.
+        again: By piece, the operations that backward runs to have its activations again.
+        all: Operations of the step, these too.
+        inner: Residual modules that run inside of a branch of another chain.
     """
 
     forward: Counter[str] = field(default_factory=Counter)
     backward: dict[str, int] = field(default_factory=dict)
     end: int = 0
+    again: dict[str, Counter[Call]] = field(default_factory=lambda: defaultdict(Counter))
+    all: Counter[Call] = field(default_factory=Counter)
+    inner: set[str] = field(default_factory=set)
 
     @property
     def peak(self) -> int:
         """The most of the step."""
         return max(self.end, *self.backward.values(), 0)
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations of one forward.
-
-    Attributes:
-        all: Of the whole.
-        pieces: By piece.
-        cheap: By residual module, those that are no products.
-        behind: By residual module, behind the last tensor that it saves for backward.
-        inner: Residual modules that run inside of a branch of another chain.
-    """
-
-    all: int
-    pieces: Mapping[str, int]
-    cheap: Mapping[str, int]
-    behind: Mapping[str, int]
-    inner: Collection[str]
 
 
 @contextmanager
@@ -80,15 +68,21 @@ def on_trial(model: nn.Module, example: Example, device: torch.device) -> Iterat
     mode = training_mode(model, True) if not model.training else nullcontext()
     with mode, step_on_fakes(model, example.args, example.kwargs, device, advice) as step:
         trial = Trial(step)
-        trial.run()  # what is made once (tables, masks) is no cost of a step
+        trial.inner = frozenset(trial.run().inner)  # what is made once is no cost of a later step
         yield trial
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trial:
-    """A step that can be run in several ways."""
+    """A step that can be run in several ways.
+
+    Attributes:
+        step: The step.
+        inner: Residual modules that run inside of a branch of another chain.
+    """
 
     step: TrainingStep
+    inner: frozenset[str] = frozenset()
 
     def choose(
         self, ways: Mapping[str, str], chunks: Mapping[str, int], stored: Collection[str] = ()
@@ -108,74 +102,17 @@ class Trial:
 
     def run(self) -> Heights:
         """One step."""
-        heights, meter = Heights(), LiveBytes()
-        now = ""
-
-        def leave() -> None:
-            if now:
-                heights.backward[now] = max(meter.peak, heights.backward.get(now, 0))
-            else:
-                heights.end = meter.peak
-            meter.reset_peak()
-
-        def watch(event: str, name: str) -> None:
-            nonlocal now
-            if event == "begins":
-                heights.forward[name] -= meter.live
-            elif event == "ends":
-                heights.forward[name] += meter.live
-            elif name != now:
-                leave()
-                now = name
-
-        with no_collection(), meter, watching_runs(watch):
+        watch = _Watch(self.stretches)
+        with no_collection(), Calls(watch.count), watch.meter, watching_runs(watch):
             loss = self.step.forward()[1]
             loss.backward()  # type: ignore[no-untyped-call]
-            leave()
-        return heights
+            watch.leave()
+        return watch.heights
 
-    def work(self) -> Work:
-        """Operations of a forward that stores everything."""
-        pieces: Counter[str] = Counter()
-        behind: Counter[str] = Counter()
-        cheap: Counter[str] = Counter()
-        counts: Counter[str] = Counter()
-        inner: set[str] = set()
-        stretch = ""
-
-        def watch(event: str, name: str) -> None:
-            nonlocal stretch
-            if event == "begins":
-                counts[name] += 1
-                stretch = "" if name in sites else name
-            if event == "begins" and branches:
-                inner.add(name)
-
-        def count(operations: int, product: bool) -> None:
-            pieces[""] += operations
-            for name in branches or ([stretch] if stretch else ()):  # an inner one is in the outer
-                pieces[name] += operations
-                behind[name] += operations
-                cheap[name] += 0 if product else operations
-
-        def save(tensor: Tensor) -> Tensor:
-            for name in branches:
-                behind[name] = 0
-            return tensor.detach()
-
-        sites = {site for course in courses(self.step.model) for site in course.sites}
-        hooks = torch.autograd.graph.saved_tensors_hooks(save, as_it_is)
-        with (
-            store_activations(self.step.model),
-            watch_branches() as branches,
-            watching_runs(watch),
-            hooks,
-            Operations(count),
-        ):
-            self.step.forward()
-        total = pieces.pop("")
-        shorter = {name: count * counts[name] for name, count in behind.items()}
-        return Work(total, dict(pieces), dict(cheap), shorter, inner)
+    @cached_property
+    def stretches(self) -> frozenset[str]:
+        """The first modules of the stretches outside of the chains."""
+        return frozenset(found.row.modules[0] for found in stretches_in(self.step.model))
 
     def streams(self) -> dict[str, int]:
         """Bytes of the stream at each residual module."""
@@ -185,3 +122,57 @@ class Trial:
         for row in kept:
             found[row.name] += row.elements * row.width
         return dict(found)
+
+
+class _Watch:
+    """Looks at one step as it runs.
+
+    Args:
+        stretches: Names of the pieces that are no residual modules.
+    """
+
+    def __init__(self, stretches: Collection[str]) -> None:
+        self.heights, self.meter = Heights(), LiveBytes()
+        self._stretches = stretches
+        self._now = ""  # the piece that backward has come to
+        self._forth: list[str] = []  # residual modules that forward is in
+        self._back: list[str] = []  # pieces that backward runs again
+
+    def __call__(self, event: str, name: str) -> None:
+        """What happens to a piece, see `rewire.observers`."""
+        if event in ("begins", "ends"):
+            self._forward(event, name)
+        elif event == "done":
+            self._back.pop()
+        else:
+            self._back.append(name)
+            if name != self._now:
+                self.leave()
+                self._now = name
+
+    def _forward(self, event: str, name: str) -> None:
+        self.heights.forward[name] += self.meter.live * (1 if event == "ends" else -1)
+        if self._back or name in self._stretches:  # a rerun stops anywhere
+            return
+        if event == "ends":
+            self._forth.pop()
+            return
+        if self._forth:
+            self.heights.inner.add(name)
+        self._forth.append(name)
+
+    def leave(self) -> None:
+        """Backward leaves a piece, or the step ends."""
+        heights = self.heights
+        if self._now:
+            before = heights.backward.get(self._now, 0)
+            heights.backward[self._now] = max(self.meter.peak, before)
+        else:
+            heights.end = self.meter.peak
+        self.meter.reset_peak()
+
+    def count(self, call: Call) -> None:
+        """An operation runs."""
+        self.heights.all[call] += 1
+        for name in set(self._back):
+            self.heights.again[name][call] += 1

@@ -60,8 +60,8 @@ def budgeted(
     """A plan whose training step stays within a budget of memory, and is as fast as that allows.
 
     What it computes is what `plan` computes; where that says how many parts its branches run in,
-    or what is checkpointed, this is chosen anew. Bytes and operations are estimated as by
-    `rewire.estimate`, in the dtype of the parameters and of what is not compiled: under autocast
+    or what is checkpointed, this is chosen anew. Bytes are estimated as by `rewire.estimate`, time
+    is that of each operation alone, measured where the device is here; both in the dtype of the parameters and of what is not compiled: under autocast
     there is more room.
 
     Args:

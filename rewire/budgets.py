@@ -61,12 +61,12 @@ def budgeted(
 
     What it computes is what `plan` computes; where that says how many parts its branches run in,
     or what is checkpointed, this is chosen anew. Bytes are estimated as by `rewire.estimate`, time
-    is that of each operation alone, measured where the device is here; both in the dtype of the parameters and of what is not compiled: under autocast
-    there is more room.
+    is that of each operation alone, measured where the device is here; both in the dtype of the
+    parameters and of what is not compiled: under autocast there is more room.
 
     Args:
         plan: What `rewire.plan` gave.
-        model: The model it was made of, not on the meta device. Nothing is computed.
+        model: The model it was made of, not on the meta device. It does not run.
         budget: Bytes of a whole training step, in words ("8GB", "16 GiB") or a number above 1:
             parameters, gradients, the optimizer's state, the inputs, and the most that is
             alive beside these. Or a number from 0 to 1: a share of the activations of the

@@ -88,8 +88,8 @@ def budgeted(
 
     Example:
         >>> import timm, torch, rewire
-        >>> model = timm.create_model("vit_tiny_patch16_224", depth=4)
-        >>> images = torch.zeros(8, 3, 224, 224, device="meta")
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=3)
+        >>> images = torch.zeros(2, 3, 224, 224, device="meta")
         >>> plan = rewire.budgeted(rewire.plan(model, images), model, 0.5, images)
         >>> plan.budget.peak_bytes <= plan.budget.limit_bytes
         True
@@ -290,9 +290,9 @@ class _Search:
         rows = plan.outside
         self._stretches = {row.modules[0]: row.saved_bytes - row.kept_bytes for row in rows}
         self._modules = [residual.name for residual in plan.modules]
-        self._cut = {(1,) * len(plan.chains)}  # what has run in so many parts
         self._streams = trial.streams()
         self._runs = {way: self._uniform(way) for way in WAYS}
+        self._cut = {(1,) * len(plan.chains): self._runs["reverse"]}
         self._original = clock.cost(original)
         # What rewiring costs where nothing runs again: the arithmetic of the streams.
         self._beside = clock.cost(self._runs["store"].all) - self._original
@@ -308,7 +308,8 @@ class _Search:
         """The fastest choice within a limit (None: the least that there is), and the least."""
         chunks = self._parts(limit)
         pieces, end = self._pieces(chunks)
-        least = self._tried(pieces, {piece.name: piece.options[0].way for piece in pieces}, chunks)
+        ways = {piece.name: piece.options[0].way for piece in pieces}
+        least = self._choice(pieces, ways, chunks, self._reversed(chunks).peak)
         limit = limit or least.peak
         if least.peak > limit:
             return least, least
@@ -360,6 +361,16 @@ class _Search:
     ) -> Choice:
         """A choice, run."""
         self._choose(ways, chunks)
+        return self._choice(pieces, ways, chunks, self._trial.run().peak)
+
+    def _choice(
+        self,
+        pieces: Sequence[Piece],
+        ways: Mapping[str, str],
+        chunks: Mapping[str, int],
+        peak: int,
+    ) -> Choice:
+        """A choice with its time."""
         again = sum(
             option.cost
             for piece in pieces
@@ -367,7 +378,7 @@ class _Search:
             if option.way == ways[piece.name]
         )
         share = (again + self._beside) / max(self._original, 1e-9)
-        return Choice(ways, chunks, self._trial.run().peak, 1 + share)
+        return Choice(ways, chunks, peak, 1 + share)
 
     def _pieces(self, chunks: Mapping[str, int]) -> tuple[list[Piece], int]:
         """All pieces, in the order in which they run, and the height behind them."""
@@ -404,12 +415,13 @@ class _Search:
             yield Option("store", stored + stream, stored, 0)
 
     def _reversed(self, chunks: Mapping[str, int]) -> Heights:
-        """The heights with all reversed."""
-        self._choose({}, chunks)
-        if tuple(chunks.values()) not in self._cut:
-            self._cut.add(tuple(chunks.values()))
+        """The heights with all reversed, in so many parts."""
+        parts = tuple(chunks.values())
+        if parts not in self._cut:
+            self._choose({}, chunks)
             self._trial.run()  # how branches are cut is found once
-        return self._trial.run()
+            self._cut[parts] = self._trial.run()
+        return self._cut[parts]
 
     def _choose(self, ways: Mapping[str, str], chunks: Mapping[str, int] | None = None) -> None:
         stored = [name for name in self._stretches if ways.get(name) == "store"]

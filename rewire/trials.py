@@ -66,7 +66,8 @@ def on_trial(model: nn.Module, example: Example, device: torch.device) -> Iterat
         "rewire.profile(model, ...)."
     )
     mode = training_mode(model, True) if not model.training else nullcontext()
-    with mode, step_on_fakes(model, example.args, example.kwargs, device, advice) as step:
+    on_fakes = step_on_fakes(model, example.args, example.kwargs, device, advice)
+    with mode, on_fakes as step, no_collection():
         trial = Trial(step)
         trial.inner = frozenset(trial.run().inner)  # what is made once is no cost of a later step
         yield trial
@@ -103,7 +104,7 @@ class Trial:
     def run(self) -> Heights:
         """One step."""
         watch = _Watch(self.stretches)
-        with no_collection(), Calls(watch.count), watch.meter, watching_runs(watch):
+        with Calls(watch.count), watch.meter, watching_runs(watch):
             loss = self.step.forward()[1]
             loss.backward()  # type: ignore[no-untyped-call]
             watch.leave()

@@ -13,8 +13,9 @@ again until that is within the budget.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -107,7 +108,8 @@ def budgeted(
     rows = outside_of(plan, model, without_memory(example), exclude)
     whole = [replace(chain, ways=(), chunks=1) for chain in plan.chains]
     plan = replace(plan, chains=whole, outside=rows)
-    with on_trial(rewritten(model, plan, coupling, "off"), example, place) as trial:
+    names = [residual.name for residual in plan.modules]
+    with on_trial(rewritten(model, plan, coupling, "off"), example, place, names) as trial:
         choice, least = _Search(trial, plan, clock_of(place), original.all).found(limit)
     limit = limit or choice.peak
     if choice.peak > limit:
@@ -205,6 +207,9 @@ class _Label(NamedTuple):
 def cheapest(pieces: Sequence[Piece], end: int, limit: int) -> dict[str, str] | None:
     """The ways of all pieces that cost the least such that no height is above a limit.
 
+    Amounts of memory that differ by less than a two-thousandth of the limit are one: of these
+    the cheapest and the smallest are kept.
+
     Args:
         pieces: In the order in which they run.
         end: Height before backward comes to the last of them.
@@ -216,7 +221,7 @@ def cheapest(pieces: Sequence[Piece], end: int, limit: int) -> dict[str, str] | 
     quantum = max(1, limit // _LEVELS)
     labels = {False: [_Label(0, 0.0)], True: list[_Label]()}
     for piece in pieces:
-        found: dict[bool, dict[int, _Label]] = {False: {}, True: {}}
+        found: dict[bool, dict[int, list[_Label]]] = {False: {}, True: {}}
         for after_stored, some in labels.items():
             for label in some:
                 if label.kept + piece.height > limit:
@@ -224,11 +229,12 @@ def cheapest(pieces: Sequence[Piece], end: int, limit: int) -> dict[str, str] | 
                 for option in piece.options:
                     kept = label.kept + (option.beside if after_stored else option.kept)
                     made = _Label(kept, label.cost + option.cost, option.way, label)
-                    row = found[option.way == "store"]
-                    other = row.get(kept // quantum)
-                    if other is None or made.cost < other.cost:
-                        row[kept // quantum] = made
-        labels = {stored: _undominated(row.values()) for stored, row in found.items()}
+                    row = found[option.way == "store"].setdefault(kept // quantum, [made, made])
+                    row[0] = min(row[0], made, key=lambda one: (one.cost, one.kept))
+                    row[1] = min(row[1], made, key=lambda one: (one.kept, one.cost))
+        labels = {
+            stored: _undominated(itertools.chain(*rows.values())) for stored, rows in found.items()
+        }
     fit = [label for some in labels.values() for label in some if label.kept + end <= limit]
     if not fit:
         return None
@@ -236,7 +242,7 @@ def cheapest(pieces: Sequence[Piece], end: int, limit: int) -> dict[str, str] | 
     return dict(zip((piece.name for piece in reversed(pieces)), best.ways(), strict=True))
 
 
-def _undominated(labels: Collection[_Label]) -> list[_Label]:
+def _undominated(labels: Iterable[_Label]) -> list[_Label]:
     """Those that no other beats in memory and time both."""
     best: list[_Label] = []
     for label in sorted(labels, key=lambda one: (one.kept, one.cost)):
@@ -289,18 +295,17 @@ class _Search:
         self._trial, self._plan, self._clock = trial, plan, clock
         rows = plan.outside
         self._stretches = {row.modules[0]: row.saved_bytes - row.kept_bytes for row in rows}
-        self._modules = [residual.name for residual in plan.modules]
         self._streams = trial.streams()
         self._runs = {way: self._uniform(way) for way in WAYS}
         self._cut = {(1,) * len(plan.chains): self._runs["reverse"]}
+        clock.measure(itertools.chain(original, *(run.all for run in self._runs.values())))
         self._original = clock.cost(original)
         # What rewiring costs where nothing runs again: the arithmetic of the streams.
-        self._beside = clock.cost(self._runs["store"].all) - self._original
+        self._coupling = clock.cost(self._runs["store"].all) - self._original
 
     def _uniform(self, way: str) -> Heights:
         """A run in which all pieces go one way; those inside of others are reversed."""
-        inner = self._trial.inner
-        modules = (name for name in self._modules if name not in inner)
+        modules = self._trial.modules - self._trial.inner
         self._choose(dict.fromkeys([*modules, *self._stretches], way))
         return self._trial.run()
 
@@ -325,7 +330,7 @@ class _Search:
         while limit is None or peak > limit:
             more = {name: 2 * parts for name, parts in chunks.items()}
             lower = self._reversed(more).peak
-            if lower > _WORTH * peak:
+            if lower > _WORTH * peak and (limit is None or lower > limit):
                 break
             chunks, peak = more, lower
         for name in chunks:
@@ -345,13 +350,13 @@ class _Search:
             if ways is None:
                 break
             key = tuple(ways.values())
-            again = key in tried
+            seen = key in tried
             choice = tried[key] = tried.get(key) or self._tried(pieces, ways, least.chunks)
             if choice.peak > limit:
                 target -= max(choice.peak - limit, limit // 50)
                 continue
             best = min(best, choice, key=lambda one: one.time)
-            if again or choice.peak >= _NEAR * limit or choice.time == 1:
+            if seen or choice.peak >= _NEAR * limit:
                 break
             target += limit - choice.peak
         return best
@@ -377,7 +382,7 @@ class _Search:
             for option in piece.options
             if option.way == ways[piece.name]
         )
-        share = (again + self._beside) / max(self._original, 1e-9)
+        share = (again + self._coupling) / max(self._original, 1e-9)
         return Choice(ways, chunks, peak, 1 + share)
 
     def _pieces(self, chunks: Mapping[str, int]) -> tuple[list[Piece], int]:

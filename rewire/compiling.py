@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from rewire.errors import RewireError
@@ -26,7 +28,7 @@ from rewire.replay import transformed
 Compile = bool | Mapping[str, Any]
 
 _MOST = 256  # compilations of one code
-_PAIRS = object()
+_PAIRS, _ITEMS = object(), object()
 
 
 def checked(given: Compile) -> Compile:
@@ -35,9 +37,20 @@ def checked(given: Compile) -> Compile:
     Raises:
         ValueError: It is neither a boolean nor a mapping.
     """
-    if isinstance(given, (bool, Mapping)):
+    if isinstance(given, bool) or (isinstance(given, Mapping) and _is_plain(given)):
         return given
-    raise ValueError(f"compile={given!r}: True, False, or keyword arguments of torch.compile.")
+    raise ValueError(
+        f"compile={given!r}: True, False, or keyword arguments of torch.compile, by name."
+    )
+
+
+def _is_plain(options: Mapping[Any, Any]) -> bool:
+    """Whether options can be told from others."""
+    try:
+        hash(_frozen(options))
+    except TypeError:
+        return False
+    return all(isinstance(name, str) for name in options)
 
 
 def copied(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,12 +60,36 @@ def copied(function: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(code, function.__globals__, function.__name__)
 
 
+class _Choice(threading.local):
+    """In each thread: whether compiled functions run as they are; None: it is not decided."""
+
+    plain: bool | None = None
+
+
+_choice = _Choice()
+
+
+def runs_plain() -> bool:
+    """Whether compiled functions run as they are now: by choice, or as a mode watches them."""
+    return _watched() if _choice.plain is None else _choice.plain
+
+
+@contextmanager
+def running_plain(plain: bool) -> Iterator[None]:
+    """Have them run as they are, or compiled whoever watches: as in the run that is repeated."""
+    before, _choice.plain = _choice.plain, plain
+    try:
+        yield
+    finally:
+        _choice.plain = before
+
+
 class Compiled:
     """A function of one branch, and its compiled twin, which branches of the same code share.
 
     Where nothing can be compiled, on tensors without values, in transforms, and while somebody
-    watches the operations (a meter), it runs as it is. So it does for ever, with a warning, where
-    its first compilation fails.
+    watches the operations (a meter), it runs as it is; a rerun goes as its run went. So it does
+    for ever, with a warning, where its first compilation fails.
 
     Args:
         function: Of the branch.
@@ -67,10 +104,11 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         """The function of these arguments."""
-        if self._compiled is None or transformed() or _watched() or _any_fake(args):
+        if self._compiled is None or transformed() or runs_plain() or _any_fake(args):
             return self._plain(*args)
         try:
-            result = self._compiled(*args)
+            with _disable_current_modes() if _watched() else nullcontext():
+                result = self._compiled(*args)
         except Exception as error:
             if not _of_compiler(error):
                 raise
@@ -107,7 +145,9 @@ def _shared(function: Callable[..., Any], options: Any) -> Callable[..., Any]:
 
 
 def _frozen(value: Any) -> Any:
-    """A mapping as a tuple of pairs, and so inside."""
+    """A mapping as a tuple of pairs, a list as a tuple, and so inside."""
+    if isinstance(value, list):
+        return _ITEMS, *map(_frozen, value)
     if not isinstance(value, Mapping):
         return value
     return _PAIRS, *((key, _frozen(item)) for key, item in sorted(value.items()))
@@ -116,6 +156,8 @@ def _frozen(value: Any) -> Any:
 def _thawed(value: Any) -> Any:
     if isinstance(value, tuple) and value and value[0] is _PAIRS:
         return {key: _thawed(item) for key, item in value[1:]}
+    if isinstance(value, tuple) and value and value[0] is _ITEMS:
+        return [_thawed(item) for item in value[1:]]
     return value
 
 

@@ -8,7 +8,7 @@ a step on tensors without values has met runs a few times, alone, on memory of t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ _AMOUNT = 2**16
 # Operations that an element takes where it is only read and written, on a device that is not here:
 # what a GPU computes in fp32 in the time of eight bytes.
 _PER_ELEMENT = 160
+# Namespaces of operations that compute and do nothing else.
+_OWN = ("aten", "rewire", "torchvision")
 
 
 class Form(NamedTuple):
@@ -48,13 +50,15 @@ class Call(NamedTuple):
         kwargs: Names and values.
         amount: Sums and products, where it is a matrix product or the like; otherwise elements
             that it takes and gives.
-        product: Which of these.
+        nbytes: Of the tensors that it takes and gives.
+        product: Whether it is a matrix product or the like.
     """
 
     func: Any
     args: tuple[Hashable, ...]
     kwargs: tuple[tuple[str, Hashable], ...]
     amount: int
+    nbytes: int
     product: bool
 
 
@@ -81,27 +85,32 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if getattr(func, "namespace", "") == "prim" or func.is_view:
             return result
+        leaves = tree_leaves((args, kwargs, result))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         formula = formula_of(func)
         if formula is None:
-            touched = (leaf for leaf in tree_leaves((args, kwargs, result)))
-            amount = sum(leaf.numel() for leaf in touched if isinstance(leaf, Tensor))
+            amount = sum(tensor.numel() for tensor in tensors)
         else:
             amount = formula(*args, **kwargs, out_val=result)
+        nbytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
         named = tuple((name, _form(value)) for name, value in kwargs.items())
         forms = tuple(map(_form, args))
-        self._tell(Call(func, forms, named, amount, formula is not None))
+        self._tell(Call(func, forms, named, amount, nbytes, formula is not None))
         return result
 
 
 def clock_of(device: torch.device) -> Clock:
-    """The clock of a device: what one search has measured serves the next."""
+    """The clock of a device, with so many threads: what one search has measured serves the next."""
     here = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
-    return _clocks.setdefault(device, Clock(device, here))
+    return _clocks.setdefault((device, torch.get_num_threads()), Clock(device, here))
 
 
 @dataclass
 class Clock:
     """Tells what operations cost on a device: seconds, or a measure of them where it is not here.
+
+    Only torch's own operations are measured, and those that come with it: one of somebody else
+    may do more than compute.
 
     Attributes:
         device: The device.
@@ -110,26 +119,31 @@ class Clock:
 
     device: torch.device
     here: bool
-    _measured: dict[tuple[Call, int], float | None] = field(default_factory=dict, repr=False)
+    _measured: dict[Call, float | None] = field(default_factory=dict, repr=False)
     # Seconds and amounts of what was measured: by operation, and of products and all others.
     _paces: dict[Hashable, tuple[float, int]] = field(default_factory=dict, repr=False)
 
+    def measure(self, calls: Iterable[Call]) -> None:
+        """Measure what was not yet, the smaller before the larger: they tell what is too large."""
+        if self.here:
+            for call in sorted({*calls} - self._measured.keys(), key=lambda call: call.nbytes):
+                self._measured[call] = self._seconds(call)
+
     def cost(self, calls: Mapping[Call, int]) -> float:
         """What so many of each call take."""
+        self.measure(calls)
         return sum(number * self._of(call) for call, number in calls.items())
 
     def _of(self, call: Call) -> float:
         if not self.here:
             return float(call.amount * (1 if call.product else _PER_ELEMENT))
-        key = call, torch.get_num_threads()
-        if key not in self._measured:
-            self._measured[key] = self._seconds(call)
-        found = self._measured[key]
-        return self._expected(call, call.func, call.product) if found is None else found
+        found = self._measured[call]
+        return self._expected(call) if found is None else found
 
     def _seconds(self, call: Call) -> float | None:
         """Measured; None where that takes too much, or the operation alone does not run."""
-        if self._expected(call, call.func) > _SECONDS or _bytes(call) > _BYTES:
+        large = call.nbytes > _BYTES or self._expected(call) > _SECONDS
+        if large or not _only_computes(call.func):
             return None
         try:
             with _disable_current_modes(), torch.no_grad(), _own_draws(self.device):
@@ -141,39 +155,52 @@ class Clock:
             self._paces[pace] = before[0] + seconds, before[1] + call.amount
         return seconds
 
-    def _expected(self, call: Call, *paces: Hashable) -> float:
-        """By the first of these paces that is known."""
-        for pace in paces:
+    def _expected(self, call: Call) -> float:
+        """By the pace of its operation, or of its kind; 0 where none is known."""
+        for pace in (call.func, call.product):
             seconds, amount = self._paces.get(pace, (0.0, 0))
             if amount:
                 return seconds / amount * call.amount
         return 0.0
 
 
-_clocks: dict[torch.device, Clock] = {}
+_clocks: dict[tuple[torch.device, int], Clock] = {}
+
+
+def _only_computes(func: Any) -> bool:
+    """Whether running an operation on anything changes nothing but what it is given."""
+    return func.namespace in _OWN and "assert" not in func.name()
 
 
 def _timed(call: Call, device: torch.device) -> float:
-    """Seconds of the fastest of a few runs."""
+    """Seconds of the fastest of a few runs; of one, where that takes long."""
     args = [_made(value, device) for value in call.args]
     kwargs = {name: _made(value, device) for name, value in call.kwargs}
     cache = _CACHE if call.amount >= _AMOUNT else 0
     elsewhere = torch.empty(cache, dtype=torch.uint8, device=device)
-    runs = []
-    for _ in range(1 + _RUNS):
+    runs: list[float] = []
+    while len(runs) <= _RUNS and sum(runs) < _SECONDS:
         elsewhere.zero_()  # what a step comes to is no longer in the caches
-        _settle(device)
-        start = time.perf_counter()
-        call.func(*args, **kwargs)
-        _settle(device)
-        runs.append(time.perf_counter() - start)
-    return min(runs[1:])
+        runs.append(_stopped(lambda: call.func(*args, **kwargs), device))
+    return min(runs[1:] or runs)
 
 
-def _settle(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+def _stopped(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a run takes; on a GPU what it takes there, and not what launching takes."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        start, end = (_event() for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _form(value: Any) -> Hashable:
@@ -182,6 +209,8 @@ def _form(value: Any) -> Hashable:
         return Form(tuple(value.shape), value.stride(), value.dtype)
     if isinstance(value, (list, tuple)):
         return tuple(map(_form, value))
+    if isinstance(value, torch.Generator):
+        return torch.Generator  # another one draws when it is measured
     return value if isinstance(value, Hashable) else None
 
 
@@ -194,21 +223,9 @@ def _made(value: Any, device: torch.device) -> Any:
         return whole.as_strided(value.size, value.stride)
     if isinstance(value, tuple):
         return [_made(item, device) for item in value]
+    if value is torch.Generator:
+        return torch.Generator(device)
     return device if isinstance(value, torch.device) else value
-
-
-def _bytes(call: Call) -> int:
-    """Bytes of the tensors that a call is given."""
-    forms = _forms((call.args, call.kwargs))
-    return sum(torch.Size(form.size).numel() * form.dtype.itemsize for form in forms)
-
-
-def _forms(value: Any) -> Iterator[Form]:
-    if isinstance(value, Form):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _forms(item)
 
 
 def _own_draws(device: torch.device) -> Any:

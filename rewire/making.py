@@ -70,11 +70,12 @@ def make_reversible(
             is as fast as that allows. `example_inputs` must be of the size that will be trained
             on. `rewire.budgeted` makes such a plan for another optimizer or device.
         compile: Compile the branches with `torch.compile`: True, or its keyword arguments
-            (`{"mode": "max-autotune"}`). Branches of the same code are compiled once, without
-            graph breaks; what cannot be runs as it is, with a warning. Each shape takes a
-            compilation. No second derivatives, as with any compiled code. What compiled code
-            saves is the compiler's: a stored module may take more than a budget has counted,
-            measured up to 28 %. It is not part of the plan, nor of files.
+            (`{"mode": "max-autotune-no-cudagraphs"}`). Branches of the same code are compiled
+            once, without graph breaks; what cannot be runs as it is, with a warning, and so do
+            modules of which a budget keeps the products. Each shape takes a compilation. No
+            second derivatives, as with any compiled code. What compiled code saves is the
+            compiler's: a stored module may take more than a budget has counted, measured up to
+            28 %. It is not part of the plan, nor of files.
         include: As for `rewire.plan`.
         exclude: As for `rewire.plan`.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rewire.attributes import Kept, changed_attribute, replayed_attributes
+from rewire.compiling import running_plain, runs_plain
 from rewire.holdings import (
     Changed,
     Flags,
@@ -35,6 +36,7 @@ class Surroundings:
         flags: The modules' training flags.
         buffers: Those that the run changed, as they were.
         attributes: The same of plain attributes, and those that it read.
+        plain: Compiled functions ran as they are.
     """
 
     autocast: AutocastState
@@ -42,15 +44,23 @@ class Surroundings:
     flags: Flags = ()
     buffers: Changed = field(default_factory=list)
     attributes: Sequence[Kept] = ()
+    plain: bool = False
 
     @contextmanager
-    def noted(self, holdings: Holdings, input_bytes: int) -> Iterator[None]:
-        """Note them of the first run, which is inside."""
+    def noted(self, holdings: Holdings, input_bytes: int, *, plain: bool = False) -> Iterator[None]:
+        """Note them of the first run, which is inside.
+
+        Args:
+            holdings: Of its modules.
+            input_bytes: Of its input.
+            plain: Compiled functions are to run as they are.
+        """
+        self.plain = plain or runs_plain()
         self.held, self.flags = holdings.held(), holdings.flags()
         before = holdings.before(input_bytes // _SMALL)
         modes = tuple(training for _, training in self.flags)
         settings = holdings.attributes.before(modes)
-        with uncached_autocast():
+        with uncached_autocast(), running_plain(self.plain):
             yield
         self.buffers = holdings.after(before)
         self.attributes = holdings.attributes.after(modes, settings)
@@ -58,7 +68,8 @@ class Surroundings:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Run in them again, always with gradients: some modules compute something else without."""
-        with torch.enable_grad(), replayed_autocast(self.autocast), ExitStack() as stack:
+        autocast, compiled = replayed_autocast(self.autocast), running_plain(self.plain)
+        with torch.enable_grad(), autocast, compiled, ExitStack() as stack:
             for context in self._differing():
                 stack.enter_context(context)
             yield

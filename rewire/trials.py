@@ -7,7 +7,7 @@ that forward leaves in each, the most that are alive while backward is in it, an
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -55,8 +55,16 @@ class Heights:
 
 
 @contextmanager
-def on_trial(model: nn.Module, example: Example, device: torch.device) -> Iterator[Trial]:
+def on_trial(
+    model: nn.Module, example: Example, device: torch.device, modules: Iterable[str] = ()
+) -> Iterator[Trial]:
     """A model on tensors without values, in train mode unless it is in that in part.
+
+    Args:
+        model: The model.
+        example: What it is called with.
+        device: That it is to run on.
+        modules: Names of residual modules that may be run in several ways.
 
     Raises:
         RewireError: Its code looks at values.
@@ -68,7 +76,7 @@ def on_trial(model: nn.Module, example: Example, device: torch.device) -> Iterat
     mode = training_mode(model, True) if not model.training else nullcontext()
     on_fakes = step_on_fakes(model, example.args, example.kwargs, device, advice)
     with mode, on_fakes as step, no_collection():
-        trial = Trial(step)
+        trial = Trial(step, frozenset(modules))
         trial.inner = frozenset(trial.run().inner)  # what is made once is no cost of a later step
         yield trial
 
@@ -79,10 +87,13 @@ class Trial:
 
     Attributes:
         step: The step.
+        modules: Residual modules that may be run in several ways; those of somebody else's chains
+            stay as they are.
         inner: Residual modules that run inside of a branch of another chain.
     """
 
     step: TrainingStep
+    modules: frozenset[str]
     inner: frozenset[str] = frozenset()
 
     def choose(
@@ -96,6 +107,8 @@ class Trial:
             stored: Names of the first modules of stretches whose activations are stored.
         """
         for course in courses(self.step.model):
+            if not self.modules.issuperset(course.sites):
+                continue
             course.ways = tuple(ways.get(site, "reverse") for site in course.sites)
             course.chunks = chunks.get(course.name, 1)
         for stretch in stretches_in(self.step.model):
@@ -103,7 +116,7 @@ class Trial:
 
     def run(self) -> Heights:
         """One step."""
-        watch = _Watch(self.stretches)
+        watch = _Watch(self.modules, self.stretches)
         with Calls(watch.count), watch.meter, watching_runs(watch):
             loss = self.step.forward()[1]
             loss.backward()  # type: ignore[no-untyped-call]
@@ -129,18 +142,21 @@ class _Watch:
     """Looks at one step as it runs.
 
     Args:
-        stretches: Names of the pieces that are no residual modules.
+        modules: Names of the pieces that are residual modules.
+        stretches: Names of the others.
     """
 
-    def __init__(self, stretches: Collection[str]) -> None:
+    def __init__(self, modules: Collection[str], stretches: Collection[str]) -> None:
         self.heights, self.meter = Heights(), LiveBytes()
-        self._stretches = stretches
+        self._modules, self._stretches = modules, stretches
         self._now = ""  # the piece that backward has come to
         self._forth: list[str] = []  # residual modules that forward is in
         self._back: list[str] = []  # pieces that backward runs again
 
     def __call__(self, event: str, name: str) -> None:
         """What happens to a piece, see `rewire.observers`."""
+        if name not in self._modules and name not in self._stretches:
+            return
         if event in ("begins", "ends"):
             self._forward(event, name)
         elif event == "done":

@@ -25,6 +25,7 @@ from rewire.cli import app
 from rewire.plans import WAYS
 from rewire.report import console, plan_tree
 from rewire.rewriting import plan_of
+from rewire.trials import Heights
 
 # ---- the search --------------------------------------------------------------------------
 
@@ -72,6 +73,33 @@ def test_the_cheapest_is_that_of_all_choices(found: list[Piece], end: int, limit
         for piece in found
     )
     assert cost(found, ways, end, limit) == least
+
+
+@settings(deadline=None)
+@given(pieces, st.integers(0, 60), st.integers(0, 200))
+def test_where_amounts_are_many_a_choice_is_found_if_there_is_one(
+    found: list[Piece], end: int, limit: int
+) -> None:
+    """Amounts are rounded then; what is found is within the limit, unrounded."""
+    large = 7919
+    found = [
+        replace(
+            piece,
+            height=large * piece.height,
+            options=tuple(
+                option._replace(kept=large * option.kept, beside=large * option.beside)
+                for option in piece.options
+            ),
+        )
+        for piece in found
+    ]
+    every = list(itertools.product(*(piece.options for piece in found)))
+    costs = [cost(found, ways, large * end, large * limit) for ways in every]
+    chosen = cheapest(found, large * end, large * limit)
+    assert (chosen is None) == all(one is None for one in costs)
+    if chosen is not None:
+        ways = next(w for w in every if [o.way for o in w] == [chosen[p.name] for p in found])
+        assert cost(found, ways, large * end, large * limit) is not None
 
 
 # ---- models ------------------------------------------------------------------------------
@@ -239,3 +267,37 @@ def test_the_command_line_keeps_to_a_budget(tmp_path: Path) -> None:
         refused = CliRunner().invoke(app, ["inspect", name, *wrong])
         assert refused.exit_code == 2
         assert "--budget" in refused.output
+
+
+def test_chains_that_somebody_else_made_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    own = rewire.ReversibleSequential([nn.Linear(16, 16) for _ in range(3)])
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.blocks = own, nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.own(x)
+            for block in self.blocks:
+                x = x + block(x).tanh()
+            return x
+
+    plan = rewire.budgeted(rewire.plan(Net(), torch.randn(64, 16)), Net(), 0.9, torch.randn(64, 16))
+    assert plan.budget is not None
+    assert plan.budget.peak_bytes <= plan.budget.limit_bytes
+
+
+def test_parts_are_taken_where_they_fit_even_if_they_free_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = object.__new__(budgets._Search)
+    plan = rewire.plan(*vit())
+    peaks = {1: 1000, 2: 975, 4: 974}
+    search._plan = plan
+    monkeypatch.setattr(
+        search, "_reversed", lambda chunks: Heights(end=peaks[chunks[plan.chains[0].name]])
+    )
+    assert list(search._parts(980).values()) == [2]
+    assert list(search._parts(None).values()) == [1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import rewire
+from rewire.compiling import checked
+from rewire.meters import LiveBytes
+from rewire.plans import WAYS
 from rewire.reversible import ReversibleSequential
 from tests.specimens import DIM, Loop, mlp, rows
 
@@ -246,3 +250,44 @@ def test_estimates_compile_nothing() -> None:
     assert graphs() == 0
     with pytest.raises(ValueError, match="compile="):
         ReversibleSequential([nn.Linear(DIM, DIM)], compile="yes")
+
+
+class Square(nn.Module):
+    """Saves several tensors of one shape and dtype, so that their order tells runs apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(DIM, DIM, dtype=torch.float64) / 3)
+        self.b = nn.Parameter(torch.randn(DIM, DIM, dtype=torch.float64) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(torch.mm(torch.sin(torch.mm(x, self.a)), self.b))
+        return x * torch.mm(x, self.b).sigmoid()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("watched", ["forward", "backward", "neither"])
+def test_a_rerun_is_compiled_as_its_run_was(way: str, watched: str) -> None:
+    torch.manual_seed(0)
+    branches = [Square() for _ in range(3)]
+    x = torch.randn(DIM, DIM, dtype=torch.float64, requires_grad=True)
+    expected = gradients(ReversibleSequential(branches), nn.ModuleList(branches), x)
+    how = {"backend": "aot_eager"}
+    rev = ReversibleSequential(branches, compile=how, ways=(way,) * 3, check="raise")
+    with LiveBytes() if watched == "forward" else nullcontext():
+        loss = rev(x).sin().sum()
+    for _ in range(2):
+        with LiveBytes() if watched == "backward" else nullcontext():
+            found = torch.autograd.grad(loss, [x, *rev.parameters()], retain_graph=True)
+        assert distance([loss.detach(), *found], expected) < TOLERANCE
+
+
+def test_options_may_hold_lists_and_must_be_told_apart() -> None:
+    branches = [Square()]
+    x = torch.randn(DIM, DIM, dtype=torch.float64)
+    backend = {"backend": "aot_eager", "options": None}
+    assert ReversibleSequential(branches, compile=backend)(x).shape == x.shape
+    checked({"options": {"names": ["a", "b"]}})
+    for wrong in ({"options": {1, 2}}, {1: 2}, "yes"):
+        with pytest.raises(ValueError, match="keyword arguments"):
+            checked(wrong)  # type: ignore[arg-type]

@@ -61,14 +61,46 @@ def test_measured_once_and_nothing_drawn() -> None:
     assert clock_of(CPU) is clock_of(torch.device("cpu"))
 
 
+def test_a_generator_of_the_user_s_is_left_alone() -> None:
+    mine = torch.Generator().manual_seed(3)
+    calls = told(lambda: torch.rand(100, generator=mine))
+    state = mine.get_state()
+    assert Clock(CPU, here=True).cost(calls) > 0
+    assert torch.equal(mine.get_state(), state)
+
+
+def test_what_somebody_else_s_operation_takes_is_not_tried() -> None:
+    ran = []
+
+    @torch.library.custom_op("rewire_tests::counted", mutates_args=())
+    def counted(x: Tensor) -> Tensor:
+        ran.append(x)
+        return x.clone()
+
+    calls = told(counted, torch.ones(2**17))
+    assert len(ran) == 1
+    clock = Clock(CPU, here=True)
+    clock.measure(told(torch.relu, torch.ones(2**17)))
+    assert clock.cost(calls) > 0
+    assert len(ran) == 1
+
+
+def test_what_is_too_large_costs_the_same_whenever_it_is_asked() -> None:
+    large = told(torch.neg, torch.empty(2**29, device="meta"))
+    small = told(torch.neg, torch.empty(2**18))
+    clock = Clock(CPU, here=True)
+    clock.measure([*large, *small])
+    assert clock.cost(large) == clock.cost(large) > clock.cost(small)
+
+
 def test_what_cannot_run_alone_or_is_too_large_goes_by_what_was_measured() -> None:
     clock = Clock(CPU, here=True)
     half = told(torch.relu, torch.empty(2**18))
-    full = {call._replace(amount=2**40): 1 for call in half}
+    full = {call._replace(amount=2**40, nbytes=2**43): 1 for call in half}
     known = clock.cost(half)
     assert clock.cost(full) == pytest.approx(known * 2**40 / 2**19)
     form = Form((2, 3), (3, 1), torch.float32)
-    failing = Call(torch.ops.aten.mm.default, (form, form), (), 2**20, product=False)
+    failing = Call(torch.ops.aten.mm.default, (form, form), (), 2**20, 48, product=False)
     assert clock.cost({failing: 1}) == pytest.approx(known * 2)
 
 

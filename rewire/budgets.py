@@ -102,7 +102,7 @@ def budgeted(
     maker = optimizer_named(optimizer) if isinstance(optimizer, str) else optimizer
     there = sum(standing(model, step.tensors, maker))
     with on_trial(model, example, place) as trial:
-        original = trial.run()
+        original = trial.run(counted=True)
     plain = original.peak
     limit = _limit(budget, amount, there, plain)
     rows = outside_of(plan, model, without_memory(example), exclude)
@@ -134,8 +134,9 @@ def _limit(budget: str | float, amount: float, there: int, plain: int) -> int | 
     if amount <= there:
         raise RewireError(
             f"budget={budget!r}: parameters, gradients, optimizer state and inputs alone take "
-            f"{human_bytes(there)}. Give more, or freeze parameters, or take another optimizer "
-            "(`optimizer=` of rewire.budgeted)."
+            f"{human_bytes(there)}, and activations come on top. Give more, or freeze parameters, "
+            "or take an optimizer with less state (`--optimizer`; in Python `optimizer=` of "
+            "rewire.budgeted)."
         )
     return int(amount) - there
 
@@ -307,7 +308,7 @@ class _Search:
         """A run in which all pieces go one way; those inside of others are reversed."""
         modules = self._trial.modules - self._trial.inner
         self._choose(dict.fromkeys([*modules, *self._stretches], way))
-        return self._trial.run()
+        return self._trial.run(counted=True)
 
     def found(self, limit: int | None) -> tuple[Choice, Choice]:
         """The fastest choice within a limit (None: the least that there is), and the least."""

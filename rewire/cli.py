@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rewire.errors import RewireError
+from rewire.errors import AlreadyRewired, RewireError
 
 if TYPE_CHECKING:
     from rewire.balance import Balance
@@ -173,7 +173,11 @@ def inspect(
         from rewire.conversion import opened, planned
         from rewire.report import console, plan_tree
 
-        source = opened(model, request)
+        try:
+            source = opened(model, request)
+        except AlreadyRewired as error:
+            _print_stored(error, as_json)
+            return
         plan = planned(source, request)
         if as_json:
             _print_json({"source": source.description, **plan.to_dict()})
@@ -421,7 +425,7 @@ def _checked(
     if chunks != "auto" and not (chunks.isdecimal() and int(chunks)):
         raise typer.BadParameter(f"--chunks is auto or a number from 1 on, not {chunks!r}.")
     if budget is not None:
-        _check_budget(budget, input_shape)
+        _check_budget(budget, input_shape, how)
     if input_shape is None:
         return None
     sizes = input_shape.split(",")
@@ -430,6 +434,18 @@ def _checked(
             f"--input-shape is numbers like 2,3,224,224 (batch included), not {input_shape!r}."
         )
     return tuple(int(size) for size in sizes)
+
+
+def _print_stored(file: AlreadyRewired, as_json: bool) -> None:
+    """The plan that a file of `rewire convert` was made by."""
+    from rewire.report import console, plan_tree
+    from rewire.storage import stored_plan
+
+    plan = stored_plan(file.path)
+    if as_json:
+        _print_json({"source": f"{file.path}, rewired", **plan.to_dict()})
+    else:
+        console().print(plan_tree(plan))
 
 
 def _print_parts(model: Any, plan: Any, shape: tuple[int, ...] | None) -> None:
@@ -447,15 +463,18 @@ def _print_parts(model: Any, plan: Any, shape: tuple[int, ...] | None) -> None:
 
 def _bytes(text: str) -> int:
     """The parsed --budget, in bytes."""
-    from rewire.sizes import bytes_of
+    from rewire.sizes import budget_of
 
     try:
-        return bytes_of(text)
+        amount = budget_of(text)
+        if amount <= 1:
+            raise ValueError(f"{text!r} is a share; here it is told how much there is: 24GB.")
+        return int(amount)
     except ValueError as error:
         raise typer.BadParameter(f"--budget: {error}") from error
 
 
-def _check_budget(budget: str, input_shape: str | None) -> None:
+def _check_budget(budget: str, input_shape: str | None, how: dict[str, str]) -> None:
     """Refuse what is no budget, or nothing that it could be kept on."""
     from rewire.sizes import budget_of
 
@@ -463,6 +482,8 @@ def _check_budget(budget: str, input_shape: str | None) -> None:
         budget_of(budget)
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from error
+    if how.get("chunks", "1") != "1" or how.get("outside", "store") != "store":
+        raise typer.BadParameter("--budget chooses --chunks and --outside itself: leave them out.")
     if input_shape is None:
         raise typer.BadParameter(
             "--budget needs --input-shape, the batch and size that you train on: memory depends "

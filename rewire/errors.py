@@ -41,3 +41,18 @@ class NotRepeatable(RewireError):
 
 class BadFile(RewireError):
     """A file or a model's name could not be read, trusted or rebuilt."""
+
+
+class AlreadyRewired(BadFile):
+    """A file that `rewire convert` wrote, where one of an original was expected.
+
+    Attributes:
+        path: Of the file.
+    """
+
+    def __init__(self, path: object) -> None:
+        super().__init__(
+            f"{path}: already rewired. rewire inspect {path} shows its plan, rewire verify {path} "
+            "checks it."
+        )
+        self.path = str(path)

@@ -46,7 +46,7 @@ def make_reversible(
             `torch.compile`) what is returned, not what goes in.
         example_inputs: As for `rewire.plan`.
         plan: A plan made before, to be carried out as it is; then only `coupling`, `precision`,
-            `chunks`, `budget` (with `exclude`), `compile` and `check` have an effect beside it.
+            `chunks` or `budget` (with `exclude`), `compile` and `check` have an effect beside it.
         coupling: The equation of the two streams, an object (`rewire.Consistent(1 / 4)`) or its
             spelling (`"consistent(1/4)"`); "re2", the paper's, by default. The nearer to the
             original's function, the more bits of correction are kept: see `rewire.coupling`.
@@ -68,7 +68,8 @@ def make_reversible(
             original's activations (0.3; 0 is the least): what backward does at each module, what
             is checkpointed outside, and how many parts are run, is then chosen so that the step
             is as fast as that allows. `example_inputs` must be of the size that will be trained
-            on. `rewire.budgeted` makes such a plan for another optimizer or device.
+            on. `rewire.budgeted` makes such a plan for another optimizer or device. What an
+            optimizer takes only while it steps is not counted.
         compile: Compile the branches with `torch.compile`: True, or its keyword arguments
             (`{"mode": "max-autotune-no-cudagraphs"}`). Branches of the same code are compiled
             once, without graph breaks; what cannot be runs as it is, with a warning, and so do
@@ -95,6 +96,8 @@ def make_reversible(
 
     Source: Re2TAL, arXiv 2211.14053.
     """
+    if budget is not None and (chunks is not None or outside != "store"):
+        raise ValueError("a budget chooses `chunks` and `outside` itself: leave them out.")
     refuse_unfit(model)
     if plan is None:
         outside = outside if budget is None else "checkpoint"  # of these a budget chooses

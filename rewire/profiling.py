@@ -124,6 +124,11 @@ def profile(
     inputs, kwargs = given_or_found(model, inputs, kwargs)
     step = TrainingStep(model, inputs, kwargs)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        raise RewireError(
+            f"{type(model).__name__} is on the meta device, where nothing can be measured. "
+            "Estimate it: rewire.estimate(model, ...)."
+        )
     there = standing(model, step.tensors, optimizer)
     with isolated(model), step.zero_gradients():
         return step.profiled(there, device, meter_for(device), timed=True)

@@ -267,12 +267,14 @@ def _module_line(module: Residual) -> Text:
 def _budget_line(budget: Budget) -> Text:
     """What a budget allowed, and what it was compared with."""
     text = Text(f"budget {budget.asked}", style="bold green")
+    fits = budget.plain_bytes <= budget.limit_bytes
     text.append(
         f"  {human_bytes(budget.peak_bytes)} of {human_bytes(budget.limit_bytes)} in a step at its "
         f"peak ({human_bytes(budget.plain_bytes)} original, {human_bytes(budget.least_bytes)} all "
         f"reversed), beside {human_bytes(budget.standing_bytes)} that stand; "
         f"{budget.time:.2f} × the original's time "
-        f"({budget.least_time:.2f} all reversed); estimated",
+        f"({budget.least_time:.2f} all reversed); estimated"
+        f"{'. The original fits as well, and is faster' if fits else ''}",
         style="not bold default",
     )
     return text

@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl
 from torch import Tensor, nn
 
 from rewire.checkpoints import WEIGHT_KEYS, difference, found_in, without_prefixes
-from rewire.errors import BadFile
+from rewire.errors import AlreadyRewired, BadFile
 from rewire.fileforms import form_of
 from rewire.unpickling import first_line, imported, read_pickle
 
@@ -305,7 +305,7 @@ def _open_file(path: Path, arch: str | None, trust: Sequence[str]) -> Source:
     else:
         loaded = read_pickle(path, str(path), trust=trust, inert=arch is not None)
     if isinstance(loaded, Mapping) and loaded.get("format") == "rewire":
-        raise BadFile(f"{path}: already rewired. Check it with rewire verify {path}.")
+        raise AlreadyRewired(path)
     module, weights, where = found_in(loaded)
     if arch is not None:
         return _open_weights(path, weights or _state_of(module, path), where, arch)

@@ -119,6 +119,15 @@ def load(
     return make_reversible(original, plan=plan, coupling=coupling)
 
 
+def stored_plan(path: str | Path) -> Plan:
+    """The plan in a file of `save`, without its model.
+
+    Raises:
+        BadFile: It is not such a file, or is damaged.
+    """
+    return _plan(_read(Path(path))["plan"], str(path))
+
+
 def export_state_dict(rev: nn.Module, path: str | Path) -> None:
     """Write plain weights for the original class, as `.safetensors` or by `torch.save`.
 

@@ -36,7 +36,8 @@ class Heights:
             pieces are named in their place.
         backward: By piece, the most while backward is in it, and in what lies before it.
         end: The most before backward comes to the first of them.
-        again: By piece, the operations that backward runs to have its activations again.
+        again: By piece, the operations that backward runs to have its activations again, where
+            they were counted.
         all: Operations of the step, these too.
         inner: Residual modules that run inside of a branch of another chain.
     """
@@ -114,10 +115,15 @@ class Trial:
         for stretch in stretches_in(self.step.model):
             stretch.stored = stretch.row.modules[0] in stored
 
-    def run(self) -> Heights:
-        """One step."""
+    def run(self, *, counted: bool = False) -> Heights:
+        """One step.
+
+        Args:
+            counted: Its operations are counted, too.
+        """
         watch = _Watch(self.modules, self.stretches)
-        with Calls(watch.count), watch.meter, watching_runs(watch):
+        calls = Calls(watch.count) if counted else nullcontext()
+        with calls, watch.meter, watching_runs(watch):
             loss = self.step.forward()[1]
             loss.backward()  # type: ignore[no-untyped-call]
             watch.leave()

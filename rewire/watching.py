@@ -41,12 +41,23 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             with own, training_mode(model, False), torch.no_grad():
                 return _record(model, *copies)
         except Exception as error:
-            by_name = isinstance(error, TypeError) and "unexpected keyword" in str(error)
-            more = " (a dict is keyword arguments: for one argument, ({...},))" if by_name else ""
-            raise CannotTrace(
-                f"{type(model).__qualname__} does not run on the example inputs: "
-                f"{_first_line(error)}. Give `example_inputs=` that its forward accepts{more}."
-            ) from fake_error
+            raise _does_not_run(model, error) from fake_error
+
+
+def _does_not_run(model: nn.Module, error: Exception) -> CannotTrace:
+    """What to do about a model that does not run on its example."""
+    name = type(model).__qualname__
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return CannotTrace(
+            f"{name} is on the meta device, and only its inputs may be. Build it on the CPU; "
+            "rewire.estimate alone takes it as it is."
+        )
+    by_name = isinstance(error, TypeError) and "unexpected keyword" in str(error)
+    more = " (a dict is keyword arguments: for one argument, ({...},))" if by_name else ""
+    return CannotTrace(
+        f"{name} does not run on the example inputs: {_first_line(error)}. "
+        f"Give `example_inputs=` that its forward accepts{more}."
+    )
 
 
 def watch_training(

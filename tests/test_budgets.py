@@ -263,10 +263,37 @@ def test_the_command_line_keeps_to_a_budget(tmp_path: Path) -> None:
     console(shown).print(plan_tree(plan))
     assert "budget 0.3" in shown.getvalue()
     assert "checkpointed" in shown.getvalue()
-    for wrong in (["--budget", "0.3"], [*shape[:2], "--budget", "lots"]):
+    again = CliRunner().invoke(app, ["inspect", str(out), "--json"])
+    assert rewire.Plan.from_dict(_without_source(again.output)) == plan
+    chosen = [*shape, "--chunks", "2"]
+    for wrong in (["--budget", "0.3"], [*shape[:2], "--budget", "lots"], chosen):
         refused = CliRunner().invoke(app, ["inspect", name, *wrong])
         assert refused.exit_code == 2
         assert "--budget" in refused.output
+
+
+def _without_source(printed: str) -> dict[str, object]:
+    found = json.loads(printed)
+    del found["source"]
+    return found
+
+
+def test_what_a_budget_chooses_is_not_chosen_beside_it() -> None:
+    model, x = vit()
+    for beside in ({"chunks": 2}, {"outside": "checkpoint"}):
+        with pytest.raises(ValueError, match="a budget chooses"):
+            rewire.make_reversible(model, x, budget=0.5, **beside)  # type: ignore[arg-type]
+
+
+def test_models_on_the_meta_device_are_told_from_inputs_there() -> None:
+    with torch.device("meta"):
+        model, _ = vit()
+    x = torch.empty(2, 3, 224, 224, device="meta")
+    assert rewire.estimate(model, x).peak_bytes > 0
+    with pytest.raises(rewire.RewireError, match=r"Estimate it: rewire\.estimate"):
+        rewire.profile(model, x)
+    with pytest.raises(rewire.CannotTrace, match="only its inputs may be"):
+        rewire.make_reversible(model, x, budget=0.5)
 
 
 def test_chains_that_somebody_else_made_stay_as_they_are() -> None:

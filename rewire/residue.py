@@ -19,6 +19,7 @@ from rewire.sides import SHARED
 _HOLDERS = (*CONTAINERS, deque)
 _MOST_ITEMS = 1000  # of a container of a class or file; larger ones are tables of another kind
 _LEVELS = 4  # of containers and objects in what has come in
+_LEAVES = frozenset({str, int, float, bool, type(None), type, types.ModuleType})
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
 
 
@@ -55,12 +56,15 @@ def _contents(roots: Iterable[Any], most: int) -> dict[int, Any]:
     todo = list(roots)
     while todo:
         item = todo.pop()
-        if type(item) is tuple:
+        kind = type(item)
+        if kind in _LEAVES:
+            continue
+        if kind is tuple:
             todo.extend(item)
             continue
-        if type(item) is types.FunctionType:
+        if kind is types.FunctionType:
             todo.extend((*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values()))
-        content = item if type(item) in _HOLDERS else _attributes(item)
+        content = item if kind in _HOLDERS else _attributes(item)
         if content is not None and id(content) not in found and len(content) <= most:
             found[id(content)] = content
             todo.extend(content.values() if isinstance(content, dict) else content)
@@ -71,7 +75,7 @@ def _attributes(item: Any) -> Any:
     """Those of an object of somebody's class, or of a function."""
     if type(item) is types.FunctionType and not _is_known(item.__module__ or ""):
         return item.__dict__
-    if isinstance(item, SHARED) or _is_known(type(item).__module__):
+    if _is_known(type(item).__module__) or isinstance(item, SHARED):  # the latter takes longer
         return None
     inside = getattr(item, "__dict__", None)
     return inside if type(inside) is dict else None

@@ -29,6 +29,7 @@ def numbers(path: Path) -> Numbers:
     return {(row["coupling"], row["stage"], row["metric"]): float(row["value"]) for row in rows}
 
 
+@pytest.mark.slow
 def test_digits_vit(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     record, page = tmp_path / "records.csv", tmp_path / "tables.md"

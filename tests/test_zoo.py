@@ -137,6 +137,7 @@ print(json.dumps([
     return json.loads(ran.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_each_model_has_a_process_and_one_that_dies_or_hangs_is_a_line_too() -> None:
     good, dies, hangs = driven()
     assert good["verdict"] == "verified"

@@ -461,15 +461,18 @@ def _print_parts(model: Any, plan: Any, shape: tuple[int, ...] | None) -> None:
         typer.echo(f"  {line}")
 
 
+_LEAST = 1000  # bytes; less is a share, which only inspect and convert take
+
+
 def _bytes(text: str) -> int:
     """The parsed --budget, in bytes."""
-    from rewire.sizes import budget_of
+    from rewire.sizes import bytes_of
 
     try:
-        amount = budget_of(text)
-        if amount <= 1:
-            raise ValueError(f"{text!r} is a share; here it is told how much there is: 24GB.")
-        return int(amount)
+        amount = bytes_of(text)
+        if amount < _LEAST:
+            raise ValueError(f"{text!r} is no amount of memory such as 24GB or 16GiB.")
+        return amount
     except ValueError as error:
         raise typer.BadParameter(f"--budget: {error}") from error
 

@@ -154,6 +154,7 @@ def test_command_of_nothing_to_rewire_shows_the_original() -> None:
 def test_bad_usage_is_said_before_any_work(tmp_path: Path) -> None:
     refused(run("profile", SMALL, "--device", "tpu"), "cpu or cuda", code=2)
     refused(run("profile", SMALL, "--budget", "much"), "no amount of memory", code=2)
+    refused(run("profile", SMALL, "--budget", "0.3"), "no amount of memory", code=2)
     refused(run("profile", SMALL, "--plot", tmp_path), "is a directory", code=2)
     refused(run("profile", SMALL, "--optimizer", "adma"), "no optimizer of torch.optim")
 

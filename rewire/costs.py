@@ -49,7 +49,7 @@ class Call(NamedTuple):
         args: Its arguments; lists are tuples.
         kwargs: Names and values.
         amount: Sums and products, where it is a matrix product or the like; otherwise elements
-            that it takes and gives.
+            that it gives.
         nbytes: Of the tensors that it takes and gives.
         product: Whether it is a matrix product or the like.
     """
@@ -85,18 +85,20 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if getattr(func, "namespace", "") == "prim" or func.is_view:
             return result
-        leaves = tree_leaves((args, kwargs, result))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         formula = formula_of(func)
         if formula is None:
-            amount = sum(tensor.numel() for tensor in tensors)
+            amount = sum(tensor.numel() for tensor in _tensors(result))
         else:
             amount = formula(*args, **kwargs, out_val=result)
-        nbytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+        nbytes = sum(t.numel() * t.itemsize for t in _tensors((args, kwargs, result)))
         named = tuple((name, _form(value)) for name, value in kwargs.items())
         forms = tuple(map(_form, args))
         self._tell(Call(func, forms, named, amount, nbytes, formula is not None))
         return result
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def clock_of(device: torch.device) -> Clock:

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import flop_registry
 
 # This one wraps storage made outside of torch's operations (a constant) into a tensor.
 LIFT = torch.ops.aten.lift_fresh.default
-_PER_ELEMENT = 10  # operations that an element costs where it is read and written only
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -119,36 +118,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, change: int) -> None:
         self.live += change
         self.peak = max(self.peak, self.live)
-
-
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts arithmetic: the products and sums of matrix products and convolutions, and for every
-    element that an operation gives the time of a few of these, which reading and writing takes.
-
-    Args:
-        count: Called with the number of each operation.
-    """
-
-    def __init__(self, count: Callable[[int], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._tell = count
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run an operation and count it."""
-        result = func(*args, **(kwargs or {}))
-        formula = formula_of(func)
-        tensors = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
-        count = sum(tensor.numel() for tensor in tensors) * _PER_ELEMENT
-        if formula is not None:
-            count += formula(*args, **(kwargs or {}), out_val=result)
-        self._tell(count)
-        return result
 
 
 def formula_of(func: Any) -> Callable[..., int] | None:

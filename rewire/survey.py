@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rewire.costs import Call, Calls
 from rewire.errors import CannotTrace
 from rewire.inputs import Example, one_more
 from rewire.isolation import as_it_is, isolated, lend_fakes, plain_homes, training_mode, uncompiled
-from rewire.meters import Operations
 from rewire.recorder import watched_calls
 from rewire.replay import version
 from rewire.structure import flatten, map_leaves, tensors_of
 from rewire.watching import as_fake, own_copy
+
+# Operations that an element takes where it is only read and written: a plan does not hang on the
+# machine that makes it. Weighed low, so that what saves much and computes little is checkpointed.
+_PER_ELEMENT = 10
 
 
 @dataclass(slots=True)
@@ -156,7 +160,7 @@ class _Surveyor:
         """Run the model."""
         args, kwargs = self._arguments
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, as_it_is)
-        with watched_calls(self._call), Operations(self._count), hooks:
+        with watched_calls(self._call), Calls(self._count), hooks:
             result = self._model(*args, **kwargs)
         del result
         for given, tensor in self._given:
@@ -191,8 +195,8 @@ class _Surveyor:
             visit.result = self._tensor(result), version(result)
         return result
 
-    def _count(self, operations: int) -> None:
-        self._scope[-1].operations += operations
+    def _count(self, call: Call) -> None:
+        self._scope[-1].operations += call.amount * (1 if call.product else _PER_ELEMENT)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         self._scope[-1].events.append(self._storage(tensor))

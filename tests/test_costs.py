@@ -35,7 +35,7 @@ def test_operations_are_told_with_forms_and_amounts_and_views_are_not() -> None:
     product, rest = by_name(calls)["aten.mm.default"], by_name(calls)["aten.relu.default"]
     assert len(calls) == 2
     assert (product.amount, product.product) == (2 * 3 * 5 * 7, True)
-    assert (rest.amount, rest.product) == (2 * 21, False)
+    assert (rest.amount, rest.product) == (21, False)
     assert rest.args[0].size == (7, 3)  # type: ignore[attr-defined]
     assert rest.args[0].stride == (1, 7)  # type: ignore[attr-defined]
     assert told(torch.relu, torch.zeros(2)) == told(torch.relu, torch.ones(2))
@@ -46,7 +46,7 @@ def test_where_the_device_is_not_here_amounts_are_weighed() -> None:
     calls = told(torch.mm, torch.randn(3, 5), torch.randn(5, 7))
     assert clock.cost(calls) == 2 * 3 * 5 * 7
     dear = told(torch.relu, torch.randn(100))
-    assert clock.cost(dear) > 200
+    assert clock.cost(dear) > 100
     assert clock.cost(dict.fromkeys(dear, 3)) == 3 * clock.cost(dear)
 
 
@@ -98,10 +98,10 @@ def test_what_cannot_run_alone_or_is_too_large_goes_by_what_was_measured() -> No
     half = told(torch.relu, torch.empty(2**18))
     full = {call._replace(amount=2**40, nbytes=2**43): 1 for call in half}
     known = clock.cost(half)
-    assert clock.cost(full) == pytest.approx(known * 2**40 / 2**19)
+    assert clock.cost(full) == pytest.approx(known * 2**40 / 2**18)
     form = Form((2, 3), (3, 1), torch.float32)
     failing = Call(torch.ops.aten.mm.default, (form, form), (), 2**20, 48, product=False)
-    assert clock.cost({failing: 1}) == pytest.approx(known * 2)
+    assert clock.cost({failing: 1}) == pytest.approx(known * 4)
 
 
 class Bottleneck(nn.Module):

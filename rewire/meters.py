@@ -7,7 +7,7 @@ autograd let them go. What a kernel allocates for itself and frees before it ret
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -83,7 +83,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in given:
             self._note(storage, made=func is LIFT)
         out = func(*args, **(kwargs or {}))
-        if _adds_gradients(func):
+        if _adds_gradients(func, args):
             self._sum = [weakref.ref(storage) for storage in _storages(out)]
             return out
         for storage in (*given, *_storages(out)):
@@ -164,10 +164,14 @@ def meter_for(device: torch.device) -> Meter:
     return AllocatedBytes(device) if device.type == "cuda" else LiveBytes()
 
 
-def _adds_gradients(func: Any) -> bool:
-    """Whether an operation may be autograd's own, adding up gradients of one value."""
+def _adds_gradients(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operation may be autograd's own, adding up gradients of one value in place.
+
+    It does not where the first of them is a view, whose base is there as well: a weight's gradient
+    is the transpose of a product.
+    """
     inside = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
-    return inside and func is torch.ops.aten.add.Tensor
+    return inside and func is torch.ops.aten.add.Tensor and not args[0]._is_view()
 
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:

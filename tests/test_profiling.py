@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import rewire
 import rewire.meters
+from benchmarks.costs import _cpu_bytes
 from rewire.accounting import optimizer_bytes, saved_inside
 from rewire.errors import RewireError
 from rewire.meters import LiveBytes
@@ -348,3 +350,26 @@ def test_loss_of_half_precision_does_not_overflow() -> None:
 def test_no_gradient_is_an_error_with_the_fix() -> None:
     with pytest.raises(RewireError, match="Unfreeze a parameter"):
         profile(nn.Linear(2, 2).requires_grad_(False), torch.randn(2, 2))
+
+
+@pytest.mark.parametrize("name", ["tied", "twice a product", "twice an embedding", "scaled"])
+def test_sums_of_gradients_are_counted_as_autograd_makes_them(name: str) -> None:
+    """In place, but where the first to come is a view: a weight's gradient is a transpose."""
+    embedding = nn.Embedding(2000, 64)
+    weight = embedding.weight
+    weight.grad = torch.zeros_like(weight)
+    x = torch.randint(0, 2000, (8,))
+    losses = {
+        "tied": lambda: F.linear(embedding(x), weight).sum(),
+        "twice a product": lambda: sum(F.linear(torch.ones(8, 64), weight).sum() for _ in range(2)),
+        "twice an embedding": lambda: embedding(x).sum() + embedding(x.flip(0)).sum(),
+        "scaled": lambda: (weight * 2).sum() + (weight * 3).sum(),
+    }
+
+    def backward() -> None:
+        losses[name]().backward()  # type: ignore[union-attr, no-untyped-call]
+
+    backward()
+    with LiveBytes() as meter:
+        backward()
+    assert meter.peak == pytest.approx(_cpu_bytes(backward).peak, rel=0.02)

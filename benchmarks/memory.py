@@ -35,7 +35,7 @@ from benchmarks.costs import StepBytes, release, step, step_bytes, zero_gradient
 from benchmarks.pictures import draw
 from benchmarks.recording import MEBI, RECORDS, Row, keep_pages, record, show, step_seconds
 from benchmarks.rivals import REMARKS, WAYS, Subject, applicable, make
-from benchmarks.workloads import bottlenecks, timm_vit, vit
+from benchmarks.workloads import bottlenecks, gpt2, timm_vit, vit
 from rewire.errors import RewireError
 from rewire.estimation import estimate
 from rewire.inputs import example_for
@@ -50,6 +50,7 @@ WORKLOADS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
     "vit": vit,
     "bottlenecks": bottlenecks,
     "timm-vit": timm_vit,
+    "gpt2": gpt2,
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -99,6 +99,27 @@ def convs(depth: int) -> tuple[nn.Module, Tensor]:
     return Stack(blocks), torch.randn(8, 64, 56, 56, requires_grad=True)
 
 
+class Embedded(nn.Module):
+    """A language model on embeddings, so that its input is one tensor with a gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embeddings [B, T, C] to logits."""
+        logits: Tensor = self.model(inputs_embeds=x, use_cache=False).logits
+        return logits
+
+
+def gpt2(depth: int) -> tuple[nn.Module, Tensor]:
+    """GPT-2 of transformers (124 million parameters with 12 layers) on 256 embedded tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=depth))
+    return Embedded(model), torch.randn(1, 256, 768, requires_grad=True)
+
+
 def timm_vit(depth: int) -> tuple[nn.Module, Tensor]:
     """The whole of timm's ViT-S, with another depth, on 8 pictures."""
     return timm.create_model("vit_small_patch16_224", depth=depth), torch.randn(8, 3, 224, 224)

@@ -1,0 +1,1 @@
+"""Temporal action localization on rewired backbones: frames in, labelled segments out."""

@@ -1,0 +1,1 @@
+"""Videos, their annotations, and the windows that a network sees of them."""

@@ -1,0 +1,96 @@
+"""The loop: that it goes on as if it had not stopped, and that a detector learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("av")
+
+from examples.tal.data import synthetic
+from examples.tal.data.annotations import Video, of_subset, read_annotations
+from examples.tal.data.loading import Windows, opened
+from examples.tal.data.video import VideoFile
+from examples.tal.data.windows import Sampling
+from examples.tal.evaluation import evaluate
+from examples.tal.models.actionformer import ActionFormer, ActionFormerConfig
+from examples.tal.models.backbones import CENTRED, Backbone, prepared
+from examples.tal.models.detector import Detector, Suppression
+from examples.tal.models.motionnet import MotionNet
+from examples.tal.training import Recipe, Trainer, groups, predict, schedule, seed_all
+
+CLASSES = sorted(synthetic.ACTIONS)
+SAMPLING = Sampling(48, per_step=2, stride=1)
+RECIPE = Recipe(epochs=4, warmup=1, batch=2, workers=0)
+
+Set = tuple[list[Video], dict[str, VideoFile]]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Set:
+    root = tmp_path_factory.mktemp("synthetic")
+    synthetic.generate(root, 0, synthetic.Amounts(5, 2, 0), workers=1)
+    every = read_annotations(root / synthetic.ANNOTATIONS)
+    return every, opened(every, root / synthetic.VIDEOS)[0]
+
+
+def detector(way: str = "rewired") -> Detector:
+    seed_all(0)
+    net = MotionNet((8, 16), 2)
+    options = {"example_inputs": torch.rand(1, 3, 16, 64, 64)} if way == "rewired" else {}
+    backbone = prepared(Backbone(net, normal=CENTRED, pool="max"), way, **options)
+    config = ActionFormerConfig(16, len(CLASSES), width=16, branches=3, stem=1, window=-1)
+    return Detector(backbone, ActionFormer(config))
+
+
+def windows(videos: Set, subset: str = "training", *, training: bool = True) -> Windows:
+    rows = of_subset(videos[0], subset)
+    return Windows(rows, videos[1], CLASSES, SAMPLING, training=training, keep=True)
+
+
+def test_going_on_gives_what_not_stopping_gives(videos: Set, tmp_path: Path) -> None:
+    whole = Trainer(detector(), windows(videos), RECIPE)
+    whole.run()
+    first = Trainer(detector(), windows(videos), RECIPE, tmp_path)
+    first.run(until=2)
+    second = Trainer(detector(), windows(videos), RECIPE, tmp_path)
+    assert second.resume()
+    assert second.epoch == 2
+    second.run()
+    for one, other in zip(whole.average.parameters(), second.average.parameters(), strict=True):
+        assert torch.equal(one, other)
+    log = (tmp_path / "log.csv").read_text().splitlines()
+    assert len(log) == 5
+    assert log[0].startswith("epoch,rate,scores,reach,total,norm")
+
+
+def test_rates_rise_and_fall_and_only_weights_decay() -> None:
+    assert [schedule(e, 5, 45) for e in (0, 2.5, 5, 25, 45)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    model = detector("plain")
+    found = groups(model, RECIPE)
+    decay = {id(p): g["weight_decay"] for g in found for p in g["params"]}
+    rates = {id(p): g["lr"] for g in found for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        assert (decay[id(parameter)] > 0) == (parameter.dim() >= 3 and "scale" not in name), name
+        assert rates[id(parameter)] == (5e-4 if name.startswith("backbone") else 1e-3)
+
+
+def test_predictions_cover_every_video_once(videos: Set) -> None:
+    rows = windows(videos, "validation", training=False)
+    found = predict(detector("plain"), rows, CLASSES, Suppression(most=7))
+    assert sorted(found) == sorted(video.name for video in rows.videos)
+    for predictions in found.values():
+        assert 0 < len(predictions) <= 7
+        assert all(0 <= row.start < row.end <= 9.6 for row in predictions)
+
+
+@pytest.mark.slow
+def test_a_rewired_detector_overfits_five_videos(videos: Set) -> None:
+    recipe = Recipe(epochs=120, warmup=5, batch=5, rate=2e-3, backbone_rate=2e-3, ema=0.9)
+    trainer = Trainer(detector(), windows(videos), recipe)
+    trainer.run()
+    rows = windows(videos, training=False)
+    found = predict(trainer.average, rows, CLASSES)
+    assert evaluate(rows.videos, found).average > 0.95

@@ -89,6 +89,7 @@ class Trainer:
         self.epoch = 0
         if recipe.batch % ranks():
             raise ValueError(f"batch {recipe.batch} does not divide over {ranks()} processes.")
+        self._train_mode()  # before anybody asks what learns
         self.optimizer = torch.optim.AdamW(groups(detector, recipe))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average = AveragedModel(
@@ -97,7 +98,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "float16")
         self._model: nn.Module = detector
         if ranks() > 1:
-            self._model = DistributedDataParallel(detector, broadcast_buffers=False)
+            self._model = DistributedDataParallel(detector)
 
     # ---- epochs ----------------------------------------------------------------------------
 
@@ -125,15 +126,23 @@ class Trainer:
         self.samples.epoch = self.epoch
         loader = self._loader()
         seed_all(self.recipe.seed * 1_000_003 + self.epoch * 1009 + _rank())
-        self.detector.train()
-        if self.recipe.freeze_norms and self.detector.backbone is not None:
-            freeze_norms(self.detector.backbone)
+        self._train_mode()
         sums: dict[str, float] = {}
         for number, batch in enumerate(loader):
             self._set_rate(self.epoch + number / len(loader))
             for name, value in self.step(batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(loader)
         return sums
+
+    def _train_mode(self) -> None:
+        self.detector.train()
+        backbone = self.detector.backbone
+        if backbone is None:
+            return
+        if not any(parameter.requires_grad for parameter in backbone.parameters()):
+            backbone.eval()
+        elif self.recipe.freeze_norms:
+            freeze_norms(backbone)
 
     def _loader(self) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(self.recipe.seed + self.epoch)

@@ -1,0 +1,5 @@
+"""`python -m examples.tal`."""
+
+from examples.tal.cli import app
+
+app()

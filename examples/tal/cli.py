@@ -1,0 +1,209 @@
+"""Commands: prepare data, train, predict, evaluate."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from examples.tal.config import Config, ConfigError, detector_of, read_config
+from examples.tal.data.annotations import (
+    FileFormError,
+    Video,
+    classes_of,
+    of_subset,
+    read_annotations,
+    read_predictions,
+    write_predictions,
+)
+from examples.tal.data.loading import Skipped, Windows, opened
+from examples.tal.data.synthetic import Amounts, generate
+from examples.tal.evaluation import Evaluation, average_recall, evaluate
+from examples.tal.training import LAST, Trainer, predict, seed_all
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+log = Console(stderr=True, highlight=False)
+
+VERSION = "rewire examples.tal"
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+Folder = Annotated[Path, typer.Option("--out", help="Folder of the training: states, logs.")]
+DeviceName = Annotated[str, typer.Option("--device", help="cpu, cuda, ...")]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Bad input is one line on stderr, and no traceback."""
+    try:
+        yield
+    except (ConfigError, FileFormError, ValueError) as error:
+        log.print(f"[red]{error}[/red]")
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def prepare(
+    root: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    synthetic: Annotated[bool, typer.Option(help="Render motion videos.")] = False,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    videos: Annotated[
+        str, typer.Option(help="Training, validation and pretraining videos.")
+    ] = "72,48,1200",
+    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+) -> None:
+    """Write data to train on. Real data sets are used as they are: see the README."""
+    if not synthetic:
+        raise typer.BadParameter("there is --synthetic alone; real data need no preparing.")
+    with one_line_errors():
+        counts = [int(part) for part in videos.split(",")]
+        if len(counts) != 3:
+            raise ValueError(f"--videos: three numbers with commas, not {videos!r}.")
+        generate(root, seed, Amounts(*counts), workers)
+    log.print(f"wrote {counts[0] + counts[1]} videos and {counts[2]} clips to {root}")
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    out: Folder,
+    device: DeviceName = "cpu",
+    resume: Annotated[bool, typer.Option(help="Go on from the folder's last state.")] = True,
+) -> None:
+    """Train a detector, and test it. Under torchrun, one process for each device."""
+    with one_line_errors(), _processes(device) as place:
+        given = read_config(config)
+        training, testing, classes = _sets(given)
+        seed_all(given.recipe.seed)
+        detector = detector_of(given, len(classes)).to(place)
+        trainer = Trainer(detector, training, given.recipe, out)
+        if resume and trainer.resume():
+            log.print(f"going on after epoch {trainer.epoch}")
+        trainer.run(_told)
+        found = predict(trainer.average, testing, classes, given.suppression, amp=given.recipe.amp)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            write_predictions(out / "predictions.json", found, VERSION)
+            result = evaluate(testing.videos, found, given.thresholds)
+            Console().print(_table(result, per_class=True))
+
+
+@app.command("predict")
+def predict_command(
+    config: ConfigFile,
+    out: Folder,
+    to: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    device: DeviceName = "cpu",
+) -> None:
+    """Write predictions of a trained detector for the configuration's validation subset."""
+    with one_line_errors(), _processes(device) as place:
+        given = read_config(config)
+        training, testing, classes = _sets(given)
+        detector = detector_of(given, len(classes)).to(place)
+        trainer = Trainer(detector, training, given.recipe, out)
+        if not trainer.resume():
+            raise ValueError(f"{out / LAST}: there is no training. Run train first.")
+        found = predict(trainer.average, testing, classes, given.suppression, amp=given.recipe.amp)
+        write_predictions(to, found, VERSION)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    ground_truth: Annotated[Path, typer.Option(help="Annotations, a JSON file.")],
+    predictions: Annotated[Path, typer.Option(help="Predictions, a JSON file.")],
+    subset: Annotated[str, typer.Option(help="Of the annotations.")] = "validation",
+    thresholds: Annotated[
+        str, typer.Option(help="Of overlap, with commas.")
+    ] = "0.3,0.4,0.5,0.6,0.7",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Mean average precision of predictions; shares of one."""
+    with one_line_errors():
+        limits = _limits(thresholds)
+        videos = of_subset(read_annotations(ground_truth), subset)
+        found = read_predictions(predictions)
+        result = evaluate(videos, found, limits)
+        if as_json:
+            typer.echo(json.dumps(result.to_dict()))
+            return
+        Console().print(_table(result, per_class=True))
+        recall = average_recall(videos, found)
+        shown = ", ".join(f"{share:.3f} of {number}" for number, share in recall.items())
+        Console().print(f"average recall of the best proposals of a video: {shown}")
+
+
+def _limits(text: str) -> list[float]:
+    try:
+        limits = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--thresholds: numbers with commas, not {text!r}.") from error
+    if not all(0 < limit <= 1 for limit in limits):
+        raise ValueError(f"--thresholds: shares from 0 to 1, not {text!r}.")
+    return limits
+
+
+def _sets(config: Config) -> tuple[Windows, Windows, list[str]]:
+    """Windows to train on and to test on, and the classes' names."""
+    data = config.data
+    every = read_annotations(Path(data.annotations))
+    training, testing = (of_subset(every, name) for name in (data.training, data.validation))
+    classes = classes_of([*training, *testing])
+    files, skipped = opened([*training, *testing], Path(data.videos))
+    _warn(skipped)
+    common: dict[str, Any] = {"short": data.short or None, "keep": data.keep}
+    common["seed"] = config.recipe.seed
+
+    def windows(videos: Sequence[Video], train: bool) -> Windows:
+        found = Windows(videos, files, classes, data.sampling, training=train, **common)
+        if not found.videos:
+            raise FileFormError(f"{data.videos}: none of {len(videos)} videos can be read.")
+        return found
+
+    return windows(training, True), windows(testing, False), classes
+
+
+def _warn(skipped: Sequence[Skipped]) -> None:
+    if skipped:
+        log.print(f"[yellow]{len(skipped)} videos are skipped:[/yellow]")
+    for row in skipped:
+        log.print(f"  {row.name}: {row.reason}")
+
+
+def _told(epoch: int, means: Mapping[str, float]) -> None:
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+    log.print(f"epoch {epoch}  {shown}")
+
+
+def _table(result: Evaluation, *, per_class: bool) -> Table:
+    """mAP by threshold, and average precision of each class."""
+    table = Table("", *(f"{limit:g}" for limit in result.thresholds), "average")
+    if per_class:
+        for label, row in zip(result.classes, result.precision.T, strict=True):
+            table.add_row(label, *(f"{value:.3f}" for value in row), f"{row.mean():.3f}")
+        table.add_section()
+    table.add_row("mAP", *(f"{value:.3f}" for value in result.means), f"{result.average:.3f}")
+    return table
+
+
+@contextmanager
+def _processes(device: str) -> Iterator[torch.device]:
+    """The device of this process; those of torchrun meet first."""
+    place = torch.device(device)
+    if "RANK" not in os.environ:
+        yield place
+        return
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    try:
+        yield place
+    finally:
+        dist.destroy_process_group()

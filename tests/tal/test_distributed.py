@@ -1,0 +1,69 @@
+"""Two processes do what one does with twice the batch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+pytest.importorskip("av")
+
+from examples.tal.data import synthetic
+from examples.tal.data.annotations import read_annotations
+from examples.tal.data.loading import Batch, Windows, collate, opened
+from examples.tal.training import Recipe, Trainer, predict, seed_all
+from tests.tal.test_training import CLASSES, SAMPLING, detector
+
+RECIPE = Recipe(epochs=1, batch=4)
+
+
+def samples(root: Path, *, training: bool) -> Windows:
+    videos = read_annotations(root / synthetic.ANNOTATIONS)
+    files, _ = opened(videos, root / synthetic.VIDEOS)
+    return Windows(videos, files, CLASSES, SAMPLING, training=training)
+
+
+def gradients(trainer: Trainer, batch: Batch) -> dict[str, torch.Tensor]:
+    """Those of the first step, before they are clipped."""
+    trainer.recipe = Recipe(epochs=1, batch=4, clip=1e9)
+    trainer.detector.localizer.eval()  # drop path draws for each process
+    trainer.detector.localizer.training = True
+    seed_all(0)
+    trainer.step(batch)
+    named = trainer.detector.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def one_of_two(rank: int, root: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29571", RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rows = samples(Path(root), training=True)
+    batch = collate([rows[number] for number in (2 * rank, 2 * rank + 1)])
+    found = gradients(Trainer(detector(), rows, RECIPE), batch)
+    made = predict(detector(), samples(Path(root), training=False), CLASSES)
+    torch.save((found, made), f"{root}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    synthetic.generate(tmp_path, 0, synthetic.Amounts(4, 1, 0), workers=1)
+    rows = samples(tmp_path, training=True)
+    wanted = gradients(
+        Trainer(detector(), rows, RECIPE), collate([rows[number] for number in range(4)])
+    )
+    expected = predict(detector(), samples(tmp_path, training=False), CLASSES)
+    assert len(expected) == 5  # which does not divide by two
+    mp.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="spawn")
+    for rank in range(2):
+        found, made = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert found.keys() == wanted.keys()
+        scale = max(float(g.abs().max()) for g in wanted.values())
+        worst = max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
+        assert worst < 1e-5 * max(1.0, scale)
+        assert {n: len(p) for n, p in made.items()} == {n: len(p) for n, p in expected.items()}

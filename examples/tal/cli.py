@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -15,25 +16,25 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from examples.tal.comparison import ARMS, append, compare, outcomes_table
 from examples.tal.config import Config, ConfigError, detector_of, read_config
 from examples.tal.data.annotations import (
     FileFormError,
-    Video,
-    classes_of,
     of_subset,
     read_annotations,
     read_predictions,
     write_predictions,
 )
-from examples.tal.data.loading import Skipped, Windows, opened
-from examples.tal.data.synthetic import Amounts, generate
+from examples.tal.data.synthetic import ANNOTATIONS, PRETRAINING, VIDEOS, Amounts, generate
 from examples.tal.evaluation import Evaluation, average_recall, evaluate
+from examples.tal.sets import Sets, sets_of
 from examples.tal.training import LAST, Trainer, predict, seed_all
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 log = Console(stderr=True, highlight=False)
 
 VERSION = "rewire examples.tal"
+SMALL = Path(__file__).with_name("configs") / "synthetic_re2tal_actionformer_motionnet.yaml"
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
 Folder = Annotated[Path, typer.Option("--out", help="Folder of the training: states, logs.")]
@@ -114,6 +115,31 @@ def predict_command(
         write_predictions(to, found, VERSION)
 
 
+@app.command("compare")
+def compare_command(
+    root: Annotated[Path, typer.Argument(help="Folder of prepare --synthetic.")],
+    seeds: Annotated[int, typer.Option(help="How many.", min=1)] = 3,
+    record: Annotated[Path | None, typer.Option(help="Append rows to this CSV.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="For all ways, instead of their own schedules.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+) -> None:
+    """Train the small network in all ways on synthetic videos, side by side."""
+    with one_line_errors():
+        config = read_config(SMALL)
+        data = replace(config.data, annotations=str(root / ANNOTATIONS), videos=str(root / VIDEOS))
+        arms = [replace(arm, epochs=epochs or arm.epochs) for arm in ARMS]
+        found = []
+        motions = root / PRETRAINING
+        for outcome in compare(replace(config, data=data), motions, seeds, arms, workers):
+            found.append(outcome)
+            log.print(f"{outcome.arm}, seed {outcome.seed}: {outcome.maps['average']:.3f}")
+            if record is not None:
+                append(record, outcome)
+        Console().print(outcomes_table(found, [arm.name for arm in arms]))
+
+
 @app.command("evaluate")
 def evaluate_command(
     ground_truth: Annotated[Path, typer.Option(help="Annotations, a JSON file.")],
@@ -149,31 +175,14 @@ def _limits(text: str) -> list[float]:
     return limits
 
 
-def _sets(config: Config) -> tuple[Windows, Windows, list[str]]:
-    """Windows to train on and to test on, and the classes' names."""
-    data = config.data
-    every = read_annotations(Path(data.annotations))
-    training, testing = (of_subset(every, name) for name in (data.training, data.validation))
-    classes = classes_of([*training, *testing])
-    files, skipped = opened([*training, *testing], Path(data.videos))
-    _warn(skipped)
-    common: dict[str, Any] = {"short": data.short or None, "keep": data.keep}
-    common["seed"] = config.recipe.seed
-
-    def windows(videos: Sequence[Video], train: bool) -> Windows:
-        found = Windows(videos, files, classes, data.sampling, training=train, **common)
-        if not found.videos:
-            raise FileFormError(f"{data.videos}: none of {len(videos)} videos can be read.")
-        return found
-
-    return windows(training, True), windows(testing, False), classes
-
-
-def _warn(skipped: Sequence[Skipped]) -> None:
+def _sets(config: Config) -> Sets:
+    """Windows to train on and to test on, and the classes' names; tells what is skipped."""
+    sets, skipped = sets_of(config)
     if skipped:
         log.print(f"[yellow]{len(skipped)} videos are skipped:[/yellow]")
     for row in skipped:
         log.print(f"  {row.name}: {row.reason}")
+    return sets
 
 
 def _told(epoch: int, means: Mapping[str, float]) -> None:

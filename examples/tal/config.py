@@ -169,28 +169,46 @@ def detector_of(config: Config, classes: int) -> Detector:
     """The network of a configuration, on the CPU.
 
     Raises:
-        ConfigError: There is no such network, or its weights do not fit.
+        ConfigError: There is no such network, or its sizes do not fit.
+    """
+    given = config.backbone
+    backbone, options = backbone_of(config), dict(given.options)
+    if given.way == "rewired":
+        sampling = config.data.sampling
+        frames = sampling.steps * sampling.per_step
+        options["example_inputs"] = torch.zeros(1, 3, frames, given.size, given.size)
+    backbone = prepared(backbone, given.way, **options)
+    return Detector(backbone, localizer_of(config, backbone.channels, classes))
+
+
+def backbone_of(config: Config) -> Backbone:
+    """The backbone as it is, with its weights.
+
+    Raises:
+        ConfigError: There is no such network.
     """
     given = config.backbone
     if given.name not in NETWORKS:
         raise ConfigError(f"backbone: {given.name!r} is none of {', '.join(NETWORKS)}.")
     if given.normal not in _NORMALS:
         raise ConfigError(f"backbone: normal is {' or '.join(_NORMALS)}, not {given.normal!r}.")
-    sampling = config.data.sampling
-    if sampling.steps % 2**config.localizer.branches:
-        raise ConfigError(
-            f"data: sampling: {sampling.steps} steps are no multiple of "
-            f"{2**config.localizer.branches} (2 to the power of localizer: branches)."
-        )
     net = NETWORKS[given.name]()
     if given.weights:
         net.load_state_dict(torch.load(given.weights, map_location="cpu", weights_only=True))
-    backbone = Backbone(net, sampling.per_step, _NORMALS[given.normal], given.pool)
-    options = dict(given.options)
-    if given.way == "rewired":
-        frames = sampling.steps * sampling.per_step
-        options["example_inputs"] = torch.zeros(1, 3, frames, given.size, given.size)
-    backbone = prepared(backbone, given.way, **options)
+    return Backbone(net, config.data.sampling.per_step, _NORMALS[given.normal], given.pool)
+
+
+def localizer_of(config: Config, channels: int, classes: int) -> ActionFormer:
+    """The localizer for features of so many channels.
+
+    Raises:
+        ConfigError: A window is no multiple of what it halves.
+    """
+    steps, halvings = config.data.sampling.steps, config.localizer.branches
+    if steps % 2**halvings:
+        raise ConfigError(
+            f"data: sampling: {steps} steps are no multiple of {2**halvings} (2 to the power of "
+            "localizer: branches)."
+        )
     settings = dataclasses.asdict(config.localizer)
-    inputs = ActionFormerConfig(backbone.channels, classes, **settings)
-    return Detector(backbone, ActionFormer(inputs))
+    return ActionFormer(ActionFormerConfig(channels, classes, **settings))

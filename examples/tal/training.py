@@ -43,7 +43,8 @@ class Recipe:
         backbone_rate: Of the backbone.
         decay: Of weights of convolutions and linear layers; nothing else decays.
         clip: Largest norm of a gradient.
-        ema: Share of the averaged weights that a step keeps; those are what is evaluated.
+        ema: Share of the averaged weights that a step keeps, at most (see `averaging`); those are
+            what is evaluated.
         freeze_norms: Norms of the backbone neither learn nor follow their statistics.
         amp: "bfloat16" or "float16" for autocast; empty: none.
         seed: Of weights made new, of the order of samples, and of all that is drawn.
@@ -92,9 +93,7 @@ class Trainer:
         self._train_mode()  # before anybody asks what learns
         self.optimizer = torch.optim.AdamW(groups(detector, recipe))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.average = AveragedModel(
-            detector, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
-        )
+        self.average = AveragedModel(detector, multi_avg_fn=averaging(recipe.ema), use_buffers=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "float16")
         self._model: nn.Module = detector
         if ranks() > 1:
@@ -220,6 +219,20 @@ class Trainer:
             if new:
                 writer.writeheader()
             writer.writerow(row)
+
+
+def averaging(ema: float) -> Callable[[Any, Any, Any], None]:
+    """Moving averages for `AveragedModel` that forget faster at first.
+
+    After n steps they keep (1 + n) / (10 + n) of a step, and no more than `ema`: short trainings
+    are not averaged with their beginnings.
+    """
+
+    def average(averaged: Any, current: Any, steps: Any) -> None:
+        keep = min(ema, (1 + float(steps)) / (10 + float(steps)))
+        get_ema_multi_avg_fn(keep)(averaged, current, steps)  # type: ignore[no-untyped-call]
+
+    return average
 
 
 def schedule(epoch: float, warmup: float, epochs: float) -> float:

@@ -1,0 +1,266 @@
+"""Ways to train one detector, side by side: same videos, same pretrained backbone, same localizer.
+
+Every way has a schedule of its own, fixed before the test set was looked at, and is tested once, at
+the end of it, with its averaged weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import multiprocessing
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import rewire
+from examples.tal.config import Config, backbone_of, localizer_of
+from examples.tal.data.annotations import Prediction, Video
+from examples.tal.data.loading import Windows, collate
+from examples.tal.evaluation import ACTIVITYNET_THRESHOLDS, evaluate
+from examples.tal.features import Features
+from examples.tal.models.backbones import Backbone, prepared
+from examples.tal.models.detector import Detector
+from examples.tal.pretraining import CLASSES, Classifier, Clips, accuracy, clips, pretrain
+from examples.tal.sets import sets_of
+from examples.tal.training import Trainer, predict, seed_all
+from rewire.meters import LiveBytes
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train.
+
+    Attributes:
+        name: What it is called.
+        way: Of the backbone: "features", "plain", "checkpointed" or "rewired".
+        coupling: Of a rewired one.
+        finetuned: Epochs on the pretraining task after rewiring.
+        epochs: Of training the detector.
+    """
+
+    name: str
+    way: str
+    coupling: str = "re2"
+    finetuned: int = 0
+    epochs: int = 40
+
+
+# The localizer on features alone goes on for longer: a step of it costs a twentieth.
+ARMS = (
+    Arm("features once, then the localizer", "features", epochs=60),
+    Arm("end to end, plain", "plain"),
+    Arm("end to end, checkpointed", "checkpointed"),
+    Arm("end to end, rewired (re2)", "rewired"),
+    Arm("end to end, rewired (re2), finetuned first", "rewired", finetuned=4),
+    Arm("end to end, rewired (consistent(1/8))", "rewired", "consistent(1/8)"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one arm came to with one seed.
+
+    Attributes:
+        arm: Its name.
+        seed: Of all that is drawn.
+        accuracy: Of trimmed clips, by the backbone that it began with.
+        maps: mAP by threshold, and the averages over THUMOS's and ActivityNet's.
+        peak_mib: Most memory of a training step beyond what stands.
+        step_ms: Of a training step, median.
+        seconds: Of all of it.
+    """
+
+    arm: str
+    seed: int
+    accuracy: float
+    maps: Mapping[str, float] = field(default_factory=dict)
+    peak_mib: float = 0.0
+    step_ms: float = 0.0
+    seconds: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        """As a line of a CSV file."""
+        rest = {"peak_mib": self.peak_mib, "step_ms": self.step_ms, "seconds": self.seconds}
+        own = {"arm": self.arm, "seed": self.seed, "accuracy": self.accuracy}
+        return {**own, **self.maps, **rest}
+
+
+def compare(
+    config: Config, motions: Path, seeds: int, arms: Sequence[Arm] = ARMS, workers: int = 2
+) -> Iterator[Outcome]:
+    """Run all arms with all seeds, each in a process; gives outcomes as they come.
+
+    Args:
+        config: Of data, backbone, localizer and recipe.
+        motions: Folder of the clips to pretrain on.
+        seeds: How many.
+        arms: The ways.
+        workers: Processes at once.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as pool:
+        jobs = [
+            pool.submit(_one, config, motions, arm, seed) for seed in range(seeds) for arm in arms
+        ]
+        for job in as_completed(jobs):
+            yield job.result()
+
+
+def _one(config: Config, motions: Path, arm: Arm, seed: int) -> Outcome:
+    """One arm with one seed, in a process of its own: the same backbone for all arms of a seed."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", rewire.DriftWarning)
+    train, test = clips(motions, "training"), clips(motions, "validation")
+    classifier = _kept(config, motions, train, seed)
+    return run(arm, config, sets_of(config)[0], (train, test), classifier, seed)
+
+
+def _kept(config: Config, motions: Path, train: Clips, seed: int) -> Classifier:
+    """The pretrained classifier of a seed, from a file beside the clips where there is one."""
+    path = motions / f"{config.backbone.name}_{seed}.pt"
+    seed_all(seed)
+    classifier = Classifier(backbone_of(config), len(CLASSES))
+    if path.exists():
+        classifier.load_state_dict(torch.load(path, weights_only=True))
+        return classifier
+    classifier = pretrained(config, train, seed)
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    torch.save(classifier.state_dict(), beside)
+    beside.replace(path)
+    return classifier
+
+
+def pretrained(config: Config, clips: Clips, seed: int, epochs: int = 4) -> Classifier:
+    """A classifier with the configuration's backbone, trained on clips."""
+    seed_all(seed)
+    classifier = Classifier(backbone_of(config), len(CLASSES))
+    pretrain(classifier, clips, epochs=epochs, seed=seed)
+    return classifier
+
+
+def run(
+    arm: Arm,
+    config: Config,
+    sets: tuple[Windows, Windows, Sequence[str]],
+    motions: tuple[Clips, Clips],
+    classifier: Classifier,
+    seed: int,
+) -> Outcome:
+    """Train one arm with one seed, and test it.
+
+    Args:
+        arm: The way.
+        config: Of data, localizer and recipe.
+        sets: Windows to train on and to test on, and the classes' names.
+        motions: Clips of the pretraining task, to train and to test on.
+        classifier: The pretrained one; a copy of it is used.
+        seed: Of all that is drawn.
+    """
+    start = time.perf_counter()
+    training, testing, classes = sets
+    classifier = copy.deepcopy(classifier)
+    backbone = classifier.backbone
+    if arm.way == "rewired":
+        example = collate([training[0]]).frames.float() / 255
+        backbone.net = rewire.make_reversible(backbone.net, example, coupling=arm.coupling)
+        if arm.finetuned:
+            pretrain(classifier, motions[0], epochs=arm.finetuned, rate=5e-4, seed=seed)
+    told = accuracy(classifier, motions[1])
+    recipe = replace(config.recipe, seed=seed, epochs=arm.epochs)
+    seed_all(seed)
+    detector, samples, tests = _network(arm, config, backbone, training, testing, len(classes))
+    trainer = Trainer(detector, samples, recipe)
+    peak, milliseconds = cost_of_a_step(trainer)
+    trainer.run()
+    found = predict(trainer.average, tests, classes, config.suppression)
+    maps = _maps(tests.videos, found, config.thresholds)
+    seconds = time.perf_counter() - start
+    return Outcome(arm.name, seed, told, maps, peak, milliseconds, seconds)
+
+
+def _network(
+    arm: Arm,
+    config: Config,
+    backbone: Backbone,
+    training: Windows,
+    testing: Windows,
+    classes: int,
+) -> tuple[Detector, Windows | Features, Windows | Features]:
+    """The detector of an arm, and what it is trained and tested on."""
+    localizer = localizer_of(config, backbone.channels, classes)
+    if arm.way == "features":
+        sets = (Features(rows, backbone) for rows in (training, testing))
+        return Detector(None, localizer), *sets
+    if arm.way == "checkpointed":
+        prepared(backbone, "checkpointed")
+    return Detector(backbone, localizer), training, testing
+
+
+def cost_of_a_step(trainer: Trainer, steps: int = 5) -> tuple[float, float]:
+    """Most MiB of a training step beyond what stands, and its milliseconds; all is put back."""
+    detector = copy.deepcopy(trainer.detector)
+    twin = Trainer(detector, trainer.samples, trainer.recipe)
+    batch = collate([trainer.samples[number] for number in range(trainer.recipe.batch)])
+    twin.step(batch)  # optimizer state, tables
+    with LiveBytes() as meter:
+        twin.step(batch)
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        twin.step(batch)
+        times.append(time.perf_counter() - start)
+    return meter.peak / 2**20, 1000 * statistics.median(times)
+
+
+def _maps(
+    videos: Sequence[Video],
+    found: Mapping[str, Sequence[Prediction]],
+    thresholds: Sequence[float],
+) -> dict[str, float]:
+    """mAP at thresholds, their average, and the average over ActivityNet's."""
+    result = evaluate(videos, found, thresholds)
+    named = {f"mAP@{limit:g}": float(v) for limit, v in zip(thresholds, result.means, strict=True)}
+    strict = evaluate(videos, found, ACTIVITYNET_THRESHOLDS).average
+    return {**named, "average": result.average, "average .5–.95": strict}
+
+
+def append(path: Path, outcome: Outcome) -> None:
+    """Add a line to a CSV file."""
+    row = {**outcome.row(), "date": date.today().isoformat(), "torch": torch.__version__}
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def outcomes_table(found: Sequence[Outcome], names: Sequence[str]) -> Table:
+    """Means and ranges over seeds, a line for each arm."""
+    columns = [*found[0].maps, "accuracy", "peak MiB", "ms a step"]
+    table = Table("", *columns)
+    for name in names:
+        rows = [outcome for outcome in found if outcome.arm == name]
+        cells = [[100 * row.maps[column] for row in rows] for column in found[0].maps]
+        cells += [[100 * row.accuracy for row in rows]]
+        cells += [[row.peak_mib for row in rows], [row.step_ms for row in rows]]
+        table.add_row(name, *map(_spread, cells))
+    return table
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    middle = f"{statistics.mean(values):.1f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.1f}–{max(values):.1f})"

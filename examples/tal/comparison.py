@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,6 @@ from examples.tal.models.detector import Detector
 from examples.tal.pretraining import CLASSES, Classifier, Clips, accuracy, clips, pretrain
 from examples.tal.sets import sets_of
 from examples.tal.training import Trainer, predict, seed_all
-from rewire.meters import LiveBytes
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,6 @@ def compare(
 def _one(config: Config, motions: Path, arm: Arm, seed: int) -> Outcome:
     """One arm with one seed, in a process of its own: the same backbone for all arms of a seed."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", rewire.DriftWarning)
     train, test = clips(motions, "training"), clips(motions, "validation")
     classifier = _kept(config, motions, train, seed)
     return run(arm, config, sets_of(config)[0], (train, test), classifier, seed)
@@ -213,14 +210,13 @@ def cost_of_a_step(trainer: Trainer, steps: int = 5) -> tuple[float, float]:
     twin = Trainer(detector, trainer.samples, trainer.recipe)
     batch = collate([trainer.samples[number] for number in range(trainer.recipe.batch)])
     twin.step(batch)  # optimizer state, tables
-    with LiveBytes() as meter:
-        twin.step(batch)
+    peak = rewire.profile(detector, batch.frames, batch.mask).peak_bytes
     times = []
     for _ in range(steps):
         start = time.perf_counter()
         twin.step(batch)
         times.append(time.perf_counter() - start)
-    return meter.peak / 2**20, 1000 * statistics.median(times)
+    return peak / 2**20, 1000 * statistics.median(times)
 
 
 def _maps(

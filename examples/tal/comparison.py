@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -244,14 +244,17 @@ def append(path: Path, outcome: Outcome) -> None:
 
 def outcomes_table(found: Sequence[Outcome], names: Sequence[str]) -> Table:
     """Means and ranges over seeds, a line for each arm."""
-    columns = [*found[0].maps, "accuracy", "peak MiB", "ms a step"]
+    columns: dict[str, Callable[[Outcome], float]] = {
+        "mAP": lambda row: 100 * row.maps["average"],
+        "mAP .5–.95": lambda row: 100 * row.maps["average .5–.95"],
+        "clips": lambda row: 100 * row.accuracy,
+        "peak MiB": lambda row: row.peak_mib,
+        "ms a step": lambda row: row.step_ms,
+    }
     table = Table("", *columns)
     for name in names:
         rows = [outcome for outcome in found if outcome.arm == name]
-        cells = [[100 * row.maps[column] for row in rows] for column in found[0].maps]
-        cells += [[100 * row.accuracy for row in rows]]
-        cells += [[row.peak_mib for row in rows], [row.step_ms for row in rows]]
-        table.add_row(name, *map(_spread, cells))
+        table.add_row(name, *(_spread([of(row) for row in rows]) for of in columns.values()))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 pytest.importorskip("av")
 
+from examples.tal.comparison import ARMS, outcomes_table, pretrained, run
+from examples.tal.config import BackboneConfig, Config, DataConfig, LocalizerConfig
 from examples.tal.data import synthetic
 from examples.tal.data.annotations import Video, of_subset, read_annotations
 from examples.tal.data.loading import Windows, opened
@@ -19,6 +22,7 @@ from examples.tal.models.actionformer import ActionFormer, ActionFormerConfig
 from examples.tal.models.backbones import CENTRED, Backbone, prepared
 from examples.tal.models.detector import Detector, Suppression
 from examples.tal.models.motionnet import MotionNet
+from examples.tal.pretraining import Clips
 from examples.tal.training import Recipe, Trainer, groups, predict, schedule, seed_all
 
 CLASSES = sorted(synthetic.ACTIONS)
@@ -94,3 +98,33 @@ def test_a_rewired_detector_overfits_five_videos(videos: Set) -> None:
     rows = windows(videos, training=False)
     found = predict(trainer.average, rows, CLASSES)
     assert evaluate(rows.videos, found).average > 0.95
+
+
+@pytest.mark.slow
+def test_every_way_of_the_comparison_runs(videos: Set) -> None:
+    """One epoch of each, on few videos: rows, and what they cost."""
+    training, testing = windows(videos), windows(videos, "validation", training=False)
+    data = DataConfig("", "", sampling=SAMPLING)
+    backbone = BackboneConfig(pool="max", normal="centred")
+    localizer = LocalizerConfig(width=16, stem=1, branches=3, window=-1)
+    config = Config(data, backbone, localizer, Recipe(batch=2, warmup=0.5))
+    clips = Clips(torch.randint(0, 255, (8, 3, 8, 64, 64)).byte(), torch.arange(8))
+    classifier = pretrained(config, clips, seed=0, epochs=1)
+    found = [
+        run(
+            replace(arm, epochs=1),
+            config,
+            (training, testing, CLASSES),
+            (clips, clips),
+            classifier,
+            0,
+        )
+        for arm in ARMS
+        if not arm.finetuned
+    ]
+    peaks = {row.arm: row.peak_mib for row in found}
+    plain = peaks["end to end, plain"]
+    assert peaks["features once, then the localizer"] < 0.2 * plain
+    assert peaks["end to end, rewired (re2)"] < 0.8 * plain
+    assert {row.accuracy for row in found} <= {n / 8 for n in range(9)}
+    assert outcomes_table(found, [row.arm for row in found]).row_count == len(found)

@@ -7,9 +7,7 @@ the end of it, with its averaged weights.
 from __future__ import annotations
 
 import copy
-import csv
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from examples.tal.data.annotations import Prediction, Video
 from examples.tal.data.loading import Windows, collate
 from examples.tal.evaluation import ACTIVITYNET_THRESHOLDS, evaluate
 from examples.tal.features import Features
+from examples.tal.files import append_row, written_whole
 from examples.tal.models.backbones import Backbone, prepared
 from examples.tal.models.detector import Detector
 from examples.tal.pretraining import CLASSES, Classifier, Clips, accuracy, clips, pretrain
@@ -126,15 +125,13 @@ def _one(config: Config, motions: Path, arm: Arm, seed: int) -> Outcome:
 def _kept(config: Config, motions: Path, train: Clips, seed: int) -> Classifier:
     """The pretrained classifier of a seed, from a file beside the clips where there is one."""
     path = motions / f"{config.backbone.name}_{seed}.pt"
-    seed_all(seed)
-    classifier = Classifier(backbone_of(config), len(CLASSES))
     if path.exists():
+        classifier = Classifier(backbone_of(config), len(CLASSES))
         classifier.load_state_dict(torch.load(path, weights_only=True))
         return classifier
     classifier = pretrained(config, train, seed)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    torch.save(classifier.state_dict(), beside)
-    beside.replace(path)
+    with written_whole(path) as beside:
+        torch.save(classifier.state_dict(), beside)
     return classifier
 
 
@@ -233,13 +230,8 @@ def _maps(
 
 def append(path: Path, outcome: Outcome) -> None:
     """Add a line to a CSV file."""
-    row = {**outcome.row(), "date": date.today().isoformat(), "torch": torch.__version__}
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    facts = {"date": date.today().isoformat(), "torch": torch.__version__}
+    append_row(path, {**outcome.row(), **facts})
 
 
 def outcomes_table(found: Sequence[Outcome], names: Sequence[str]) -> Table:

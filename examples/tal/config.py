@@ -14,7 +14,7 @@ import yaml
 
 from examples.tal.data.windows import Sampling
 from examples.tal.evaluation import THUMOS_THRESHOLDS
-from examples.tal.models.actionformer import ActionFormer, ActionFormerConfig
+from examples.tal.models.actionformer import ActionFormer, ActionFormerConfig, ActionFormerShape
 from examples.tal.models.backbones import CENTRED, IMAGENET, NETWORKS, Backbone, prepared
 from examples.tal.models.detector import Detector, Suppression
 from examples.tal.training import Recipe
@@ -75,25 +75,6 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
-class LocalizerConfig:
-    """The fields of `ActionFormerConfig` but for those that follow from data and backbone."""
-
-    width: int = 512
-    heads: int = 4
-    embeddings: int = 2
-    stem: int = 2
-    branches: int = 5
-    window: int | tuple[int, ...] = 19
-    input_dropout: float = 0.0
-    drop_path: float = 0.1
-    positions: int = 0
-    normalizer: float = 100.0
-    smoothing: float = 0.0
-    regression: float = 1.0
-    range: float = 4.0
-
-
-@dataclass(frozen=True)
 class Config:
     """A training, its data and its test.
 
@@ -108,7 +89,7 @@ class Config:
 
     data: DataConfig
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    localizer: LocalizerConfig = field(default_factory=LocalizerConfig)
+    localizer: ActionFormerShape = field(default_factory=ActionFormerShape)
     recipe: Recipe = field(default_factory=Recipe)
     suppression: Suppression = field(default_factory=Suppression)
     thresholds: tuple[float, ...] = THUMOS_THRESHOLDS
@@ -211,4 +192,4 @@ def localizer_of(config: Config, channels: int, classes: int) -> ActionFormer:
             "localizer: branches)."
         )
     settings = dataclasses.asdict(config.localizer)
-    return ActionFormer(ActionFormerConfig(channels, classes, **settings))
+    return ActionFormer(ActionFormerConfig(inputs=channels, classes=classes, **settings))

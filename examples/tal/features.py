@@ -28,9 +28,8 @@ class Features(Dataset[Sample]):
         rows = [samples[number] for number in range(len(samples))]
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
-            frames = collate(part).frames.to(device).float() / 255
             with torch.no_grad():
-                found = backbone(frames).cpu()
+                found = backbone(collate(part).frames.to(device)).cpu()
             self._samples += _replaced(part, found)
 
     def __len__(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from examples.tal.data.annotations import Prediction
 from examples.tal.data.loading import Batch, Windows, collate
 from examples.tal.data.windows import Window
+from examples.tal.files import append_row, written_whole
 from examples.tal.models.backbones import freeze_norms
 from examples.tal.models.detector import Detector, Suppression, predictions
 from examples.tal.models.losses import ranks
@@ -29,6 +29,7 @@ from examples.tal.nms import Found
 
 LAST = "last.pt"
 _LOG = "log.csv"
+_PARTS = ("detector", "average", "optimizer", "scaler")  # of a trainer, that a state holds
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class Trainer:
             means = self._one_epoch()
             self.epoch += 1
             if self.folder is not None and _is_first():
-                self._log(means)
+                rate = self.optimizer.param_groups[0]["lr"]
+                append_row(self.folder / _LOG, {"epoch": self.epoch, "rate": rate, **means})
                 self.save(self.folder / LAST)
             if told is not None:
                 told(self.epoch, means)
@@ -183,19 +185,9 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write all that going on needs, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        torch.save(
-            {
-                "epoch": self.epoch,
-                "detector": self.detector.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-            },
-            beside,
-        )
-        beside.replace(path)
+        state = {name: getattr(self, name).state_dict() for name in _PARTS}
+        with written_whole(path) as beside:
+            torch.save({"epoch": self.epoch, **state}, beside)
 
     def resume(self) -> bool:
         """Go on from the folder's last state, if there is one."""
@@ -203,22 +195,10 @@ class Trainer:
         if path is None or not path.exists():
             return False
         state = torch.load(path, map_location=self.device, weights_only=True)
-        for name in ("detector", "average", "optimizer", "scaler"):
+        for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.epoch = state["epoch"]
         return True
-
-    def _log(self, means: Mapping[str, float]) -> None:
-        assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / _LOG
-        row = {"epoch": self.epoch, "rate": self.optimizer.param_groups[0]["lr"], **means}
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
 
 
 def averaging(ema: float) -> Callable[[Any, Any, Any], None]:

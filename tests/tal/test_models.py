@@ -29,7 +29,9 @@ def filled(model: nn.Module) -> nn.Module:
 
 
 def small(**settings: object) -> ActionFormer:
-    config = ActionFormerConfig(6, 3, width=8, branches=2, window=5, drop_path=0.0, **settings)  # type: ignore[arg-type]
+    config = ActionFormerConfig(
+        inputs=6, classes=3, width=8, branches=2, window=5, drop_path=0.0, **settings
+    )  # type: ignore[arg-type]
     model = filled(ActionFormer(config))
     assert isinstance(model, ActionFormer)
     return model

@@ -11,14 +11,18 @@ import torch
 pytest.importorskip("av")
 
 from examples.tal.comparison import ARMS, outcomes_table, pretrained, run
-from examples.tal.config import BackboneConfig, Config, DataConfig, LocalizerConfig
+from examples.tal.config import BackboneConfig, Config, DataConfig
 from examples.tal.data import synthetic
 from examples.tal.data.annotations import Video, of_subset, read_annotations
 from examples.tal.data.loading import Windows, opened
 from examples.tal.data.video import VideoFile
 from examples.tal.data.windows import Sampling
 from examples.tal.evaluation import evaluate
-from examples.tal.models.actionformer import ActionFormer, ActionFormerConfig
+from examples.tal.models.actionformer import (
+    ActionFormer,
+    ActionFormerConfig,
+    ActionFormerShape,
+)
 from examples.tal.models.backbones import CENTRED, Backbone, prepared
 from examples.tal.models.detector import Detector, Suppression
 from examples.tal.models.motionnet import MotionNet
@@ -45,7 +49,9 @@ def detector(way: str = "rewired") -> Detector:
     net = MotionNet((8, 16), 2)
     options = {"example_inputs": torch.rand(1, 3, 16, 64, 64)} if way == "rewired" else {}
     backbone = prepared(Backbone(net, normal=CENTRED, pool="max"), way, **options)
-    config = ActionFormerConfig(16, len(CLASSES), width=16, branches=3, stem=1, window=-1)
+    config = ActionFormerConfig(
+        inputs=16, classes=len(CLASSES), width=16, branches=3, stem=1, window=-1
+    )
     return Detector(backbone, ActionFormer(config))
 
 
@@ -106,7 +112,7 @@ def test_every_way_of_the_comparison_runs(videos: Set) -> None:
     training, testing = windows(videos), windows(videos, "validation", training=False)
     data = DataConfig("", "", sampling=SAMPLING)
     backbone = BackboneConfig(pool="max", normal="centred")
-    localizer = LocalizerConfig(width=16, stem=1, branches=3, window=-1)
+    localizer = ActionFormerShape(width=16, stem=1, branches=3, window=-1)
     config = Config(data, backbone, localizer, Recipe(batch=2, warmup=0.5))
     clips = Clips(torch.randint(0, 255, (8, 3, 8, 64, 64)).byte(), torch.arange(8))
     classifier = pretrained(config, clips, seed=0, epochs=1)

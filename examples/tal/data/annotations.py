@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from examples.tal.files import written_whole
+
 # What annotators could not tell (THUMOS-14): it is in no class, and not counted as wrong.
 AMBIGUOUS = "Ambiguous"
 
@@ -193,11 +195,8 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, data: Any) -> None:
-    """Write whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    beside.replace(path)
+    with written_whole(path) as beside:
+        beside.write_text(json.dumps(data, indent=1), encoding="utf-8")
 
 
 def _member(data: Any, name: str, path: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from examples.tal.files import written_whole
+
 Frames = NDArray[np.uint8]  # [T, H, W, 3], red, green, blue
 
 ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -127,9 +129,7 @@ def write_video(path: Path, frames: Frames, fps: float, quality: int = 18) -> No
         fps: Frames in a second.
         quality: x264's constant rate factor; less is better.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    with av.open(str(beside), "w", format="mp4") as container:
+    with written_whole(path) as beside, av.open(str(beside), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -139,7 +139,6 @@ def write_video(path: Path, frames: Frames, fps: float, quality: int = 18) -> No
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
-    beside.replace(path)
 
 
 def _stream(container: av.container.InputContainer, path: Path) -> av.video.VideoStream:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -26,12 +26,10 @@ _MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
-class ActionFormerConfig:
-    """What an ActionFormer is made of.
+class ActionFormerShape:
+    """What an ActionFormer is made of, whatever its features and classes are.
 
     Attributes:
-        inputs: Channels of the features.
-        classes: Of actions.
         width: Channels inside; 512 for THUMOS, 256 for ActivityNet.
         heads: Of attention.
         embeddings: Convolutions before the transformer.
@@ -48,8 +46,6 @@ class ActionFormerConfig:
             first of the ranges 0–4, 4–8, 8–16, ...
     """
 
-    inputs: int
-    classes: int
     width: int = 512
     heads: int = 4
     embeddings: int = 2
@@ -73,6 +69,19 @@ class ActionFormerConfig:
     def multiple(self) -> int:
         """What lengths are multiples of."""
         return int(2**self.branches)
+
+
+@dataclass(frozen=True)
+class ActionFormerConfig(ActionFormerShape):
+    """An ActionFormer for features and classes.
+
+    Attributes:
+        inputs: Channels of the features.
+        classes: Of actions.
+    """
+
+    inputs: int = field(kw_only=True)
+    classes: int = field(kw_only=True)
 
 
 class Outputs(NamedTuple):

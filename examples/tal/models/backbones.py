@@ -142,7 +142,8 @@ class Backbone(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None, None], persistent=False)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Frames [B, 3, T, H, W] to features [B, C, T / per_step]."""
+        """Frames [B, 3, T, H, W], shares of one or bytes, to features [B, C, T / per_step]."""
+        frames = frames / 255 if frames.dtype == torch.uint8 else frames
         steps = frames.shape[2] // self.per_step
         maps = self.net((frames - self.mean) / self.deviation)
         rows = [x.amax((-2, -1)) if self.pool == "max" else x.float().mean((-2, -1)) for x in maps]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from examples.tal.data.annotations import Prediction
@@ -43,7 +42,6 @@ class Detector(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Any:
         """Run on frames, numbers from 0 to 255 or shares of one, or on features."""
         if self.backbone is not None:
-            x = x.float() / 255 if x.dtype == torch.uint8 else x
             x = self.backbone(x)
         return self.localizer(x, mask)
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,17 +15,21 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
+from examples.tal.building import detector_of
 from examples.tal.comparison import ARMS, append, compare, outcomes_table
-from examples.tal.config import Config, ConfigError, detector_of, read_config
+from examples.tal.config import Config, ConfigError, read_config
 from examples.tal.data.annotations import (
     FileFormError,
+    Prediction,
     of_subset,
     read_annotations,
     read_predictions,
     write_predictions,
 )
+from examples.tal.data.classification import labelled
 from examples.tal.data.synthetic import ANNOTATIONS, PRETRAINING, VIDEOS, Amounts, generate
 from examples.tal.evaluation import Evaluation, average_recall, evaluate
 from examples.tal.sets import Sets, sets_of
@@ -82,18 +87,16 @@ def train(
     """Train a detector, and test it. Under torchrun, one process for each device."""
     with one_line_errors(), _processes(device) as place:
         given = read_config(config)
-        training, testing, classes = _sets(given)
-        seed_all(given.recipe.seed)
-        detector = detector_of(given, len(classes)).to(place)
-        trainer = Trainer(detector, training, given.recipe, out)
+        trainer, sets = _opened(given, place, out)
         if resume and trainer.resume():
             log.print(f"going on after epoch {trainer.epoch}")
-        trainer.run(_told)
-        found = predict(trainer.average, testing, classes, given.suppression, amp=given.recipe.amp)
+        with Progress(console=log, transient=True, disable=not log.is_terminal) as bar:
+            trainer.run(_told, partial(bar.track, description="training"))
+        found = _predicted(given, trainer, sets)
         if not dist.is_initialized() or dist.get_rank() == 0:
             write_predictions(out / "predictions.json", found, VERSION)
-            result = evaluate(testing.videos, found, given.thresholds)
-            Console().print(_table(result, per_class=True))
+            result = evaluate(sets.testing.videos, found, given.thresholds)
+            Console().print(_table(result))
 
 
 @app.command("predict")
@@ -106,13 +109,12 @@ def predict_command(
     """Write predictions of a trained detector for the configuration's validation subset."""
     with one_line_errors(), _processes(device) as place:
         given = read_config(config)
-        training, testing, classes = _sets(given)
-        detector = detector_of(given, len(classes)).to(place)
-        trainer = Trainer(detector, training, given.recipe, out)
+        trainer, sets = _opened(given, place, out)
         if not trainer.resume():
             raise ValueError(f"{out / LAST}: there is no training. Run train first.")
-        found = predict(trainer.average, testing, classes, given.suppression, amp=given.recipe.amp)
-        write_predictions(to, found, VERSION)
+        found = _predicted(given, trainer, sets)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            write_predictions(to, found, VERSION)
 
 
 @app.command("compare")
@@ -129,10 +131,11 @@ def compare_command(
     with one_line_errors():
         config = read_config(SMALL)
         data = replace(config.data, annotations=str(root / ANNOTATIONS), videos=str(root / VIDEOS))
+        config = replace(config, data=data)
+        _tell_skipped(sets_of(config))
         arms = [replace(arm, epochs=epochs or arm.epochs) for arm in ARMS]
         found = []
-        motions = root / PRETRAINING
-        for outcome in compare(replace(config, data=data), motions, seeds, arms, workers):
+        for outcome in compare(config, root / PRETRAINING, seeds, arms, workers):
             found.append(outcome)
             log.print(f"{outcome.arm}, seed {outcome.seed}: {outcome.maps['average']:.3f}")
             if record is not None:
@@ -159,7 +162,7 @@ def evaluate_command(
         if as_json:
             typer.echo(json.dumps(result.to_dict()))
             return
-        Console().print(_table(result, per_class=True))
+        Console().print(_table(result))
         recall = average_recall(videos, found)
         shown = ", ".join(f"{share:.3f} of {number}" for number, share in recall.items())
         Console().print(f"average recall of the best proposals of a video: {shown}")
@@ -175,14 +178,27 @@ def _limits(text: str) -> list[float]:
     return limits
 
 
-def _sets(config: Config) -> Sets:
-    """Windows to train on and to test on, and the classes' names; tells what is skipped."""
-    sets, skipped = sets_of(config)
-    if skipped:
-        log.print(f"[yellow]{len(skipped)} videos are skipped:[/yellow]")
-    for row in skipped:
+def _opened(config: Config, place: torch.device, out: Path) -> tuple[Trainer, Sets]:
+    """A trainer of the configuration's detector, and its sets; tells what is skipped."""
+    sets = sets_of(config)
+    _tell_skipped(sets)
+    seed_all(config.recipe.seed)
+    detector = detector_of(config, len(sets.classes)).to(place)
+    return Trainer(detector, sets.training, config.recipe, out), sets
+
+
+def _predicted(config: Config, trainer: Trainer, sets: Sets) -> dict[str, list[Prediction]]:
+    """Predictions of the averaged weights."""
+    rest = {"amp": config.recipe.amp}
+    found = predict(trainer.average, sets.testing, sets.classes, config.suppression, **rest)
+    return labelled(found, sets.scores, config.data.top) if sets.scores else found
+
+
+def _tell_skipped(sets: Sets) -> None:
+    if sets.skipped:
+        log.print(f"[yellow]{len(sets.skipped)} videos are skipped:[/yellow]")
+    for row in sets.skipped:
         log.print(f"  {row.name}: {row.reason}")
-    return sets
 
 
 def _told(epoch: int, means: Mapping[str, float]) -> None:
@@ -190,13 +206,12 @@ def _told(epoch: int, means: Mapping[str, float]) -> None:
     log.print(f"epoch {epoch}  {shown}")
 
 
-def _table(result: Evaluation, *, per_class: bool) -> Table:
+def _table(result: Evaluation) -> Table:
     """mAP by threshold, and average precision of each class."""
     table = Table("", *(f"{limit:g}" for limit in result.thresholds), "average")
-    if per_class:
-        for label, row in zip(result.classes, result.precision.T, strict=True):
-            table.add_row(label, *(f"{value:.3f}" for value in row), f"{row.mean():.3f}")
-        table.add_section()
+    for label, row in zip(result.classes, result.precision.T, strict=True):
+        table.add_row(label, *(f"{value:.3f}" for value in row), f"{row.mean():.3f}")
+    table.add_section()
     table.add_row("mAP", *(f"{value:.3f}" for value in result.means), f"{result.average:.3f}")
     return table
 

@@ -21,7 +21,8 @@ import torch
 from rich.table import Table
 
 import rewire
-from examples.tal.config import Config, backbone_of, localizer_of
+from examples.tal.building import backbone_of, localizer_of
+from examples.tal.config import Config
 from examples.tal.data.annotations import Prediction, Video
 from examples.tal.data.loading import Windows, collate
 from examples.tal.evaluation import ACTIVITYNET_THRESHOLDS, evaluate
@@ -29,8 +30,9 @@ from examples.tal.features import Features
 from examples.tal.files import append_row, written_whole
 from examples.tal.models.backbones import Backbone, prepared
 from examples.tal.models.detector import Detector
+from examples.tal.models.losa import LoSA, Taps
 from examples.tal.pretraining import CLASSES, Classifier, Clips, accuracy, clips, pretrain
-from examples.tal.sets import sets_of
+from examples.tal.sets import Sets, sets_of
 from examples.tal.training import Trainer, predict, seed_all
 
 
@@ -40,10 +42,11 @@ class Arm:
 
     Attributes:
         name: What it is called.
-        way: Of the backbone: "features", "plain", "checkpointed" or "rewired".
+        way: Of the backbone: "features", "losa", "plain", "checkpointed" or "rewired".
         coupling: Of a rewired one.
         finetuned: Epochs on the pretraining task after rewiring.
         epochs: Of training the detector.
+        rate: Of the backbone or the adapters, in the localizer's.
     """
 
     name: str
@@ -51,11 +54,14 @@ class Arm:
     coupling: str = "re2"
     finetuned: int = 0
     epochs: int = 40
+    rate: float = 0.5
 
 
-# The localizer on features alone goes on for longer: a step of it costs a twentieth.
+# What is trained alone goes on for longer: a step of it costs less. Adapters learn faster than the
+# localizer, as in the recipes of their papers, and a pretrained backbone slower.
 ARMS = (
     Arm("features once, then the localizer", "features", epochs=60),
+    Arm("LoSA beside the frozen backbone", "losa", epochs=60, rate=2.0),
     Arm("end to end, plain", "plain"),
     Arm("end to end, checkpointed", "checkpointed"),
     Arm("end to end, rewired (re2)", "rewired"),
@@ -119,7 +125,7 @@ def _one(config: Config, motions: Path, arm: Arm, seed: int) -> Outcome:
     torch.set_num_threads(1)
     train, test = clips(motions, "training"), clips(motions, "validation")
     classifier = _kept(config, motions, train, seed)
-    return run(arm, config, sets_of(config)[0], (train, test), classifier, seed)
+    return run(arm, config, sets_of(config), (train, test), classifier, seed)
 
 
 def _kept(config: Config, motions: Path, train: Clips, seed: int) -> Classifier:
@@ -146,7 +152,7 @@ def pretrained(config: Config, clips: Clips, seed: int, epochs: int = 4) -> Clas
 def run(
     arm: Arm,
     config: Config,
-    sets: tuple[Windows, Windows, Sequence[str]],
+    sets: Sets,
     motions: tuple[Clips, Clips],
     classifier: Classifier,
     seed: int,
@@ -156,49 +162,47 @@ def run(
     Args:
         arm: The way.
         config: Of data, localizer and recipe.
-        sets: Windows to train on and to test on, and the classes' names.
+        sets: To train on and to test on.
         motions: Clips of the pretraining task, to train and to test on.
         classifier: The pretrained one; a copy of it is used.
         seed: Of all that is drawn.
     """
     start = time.perf_counter()
-    training, testing, classes = sets
     classifier = copy.deepcopy(classifier)
     backbone = classifier.backbone
     if arm.way == "rewired":
-        example = collate([training[0]]).frames.float() / 255
+        example = collate([sets.training[0]]).frames.float() / 255
         backbone.net = rewire.make_reversible(backbone.net, example, coupling=arm.coupling)
         if arm.finetuned:
             pretrain(classifier, motions[0], epochs=arm.finetuned, rate=5e-4, seed=seed)
     told = accuracy(classifier, motions[1])
-    recipe = replace(config.recipe, seed=seed, epochs=arm.epochs)
+    rate = arm.rate * config.recipe.rate
+    recipe = replace(config.recipe, seed=seed, epochs=arm.epochs, backbone_rate=rate)
     seed_all(seed)
-    detector, samples, tests = _network(arm, config, backbone, training, testing, len(classes))
+    detector, samples, tests = _network(arm, config, backbone, sets)
     trainer = Trainer(detector, samples, recipe)
     peak, milliseconds = cost_of_a_step(trainer)
     trainer.run()
-    found = predict(trainer.average, tests, classes, config.suppression)
+    found = predict(trainer.average, tests, sets.classes, config.suppression)
     maps = _maps(tests.videos, found, config.thresholds)
     seconds = time.perf_counter() - start
     return Outcome(arm.name, seed, told, maps, peak, milliseconds, seconds)
 
 
 def _network(
-    arm: Arm,
-    config: Config,
-    backbone: Backbone,
-    training: Windows,
-    testing: Windows,
-    classes: int,
+    arm: Arm, config: Config, backbone: Backbone, sets: Sets
 ) -> tuple[Detector, Windows | Features, Windows | Features]:
     """The detector of an arm, and what it is trained and tested on."""
-    localizer = localizer_of(config, backbone.channels, classes)
+    localizer = localizer_of(config, backbone.channels, len(sets.classes))
     if arm.way == "features":
-        sets = (Features(rows, backbone) for rows in (training, testing))
-        return Detector(None, localizer), *sets
+        rows = (Features(windows, backbone) for windows in (sets.training, sets.testing))
+        return Detector(None, localizer), *rows
+    if arm.way == "losa":
+        taps = Taps(backbone, config.losa, collate([sets.training[0]]).frames)
+        return Detector(taps, localizer, LoSA(taps.channels, config.losa)), *sets[:2]
     if arm.way == "checkpointed":
         prepared(backbone, "checkpointed")
-    return Detector(backbone, localizer), training, testing
+    return Detector(backbone, localizer), *sets[:2]
 
 
 def cost_of_a_step(trainer: Trainer, steps: int = 5) -> tuple[float, float]:

@@ -9,19 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
 
+from examples.tal.data.augmentation import Augmentation
 from examples.tal.data.windows import Sampling
 from examples.tal.evaluation import THUMOS_THRESHOLDS
-from examples.tal.models.actionformer import ActionFormer, ActionFormerConfig, ActionFormerShape
-from examples.tal.models.backbones import CENTRED, IMAGENET, NETWORKS, Backbone, prepared
-from examples.tal.models.detector import Detector, Suppression
+from examples.tal.models.actionformer import ActionFormerShape
+from examples.tal.models.detector import Suppression
+from examples.tal.models.losa import LoSAShape
+from examples.tal.models.vsgn import VSGNShape
 from examples.tal.training import Recipe
 
 Made = TypeVar("Made")
-
-_NORMALS = {"imagenet": IMAGENET, "centred": CENTRED}
 
 
 class ConfigError(ValueError):
@@ -38,8 +37,13 @@ class DataConfig:
         training: Subset to train on.
         validation: Subset to test on.
         sampling: Of windows.
-        short: Pixels of the shorter side; 0: as they are.
+        size: Height and width that a network sees.
+        short: Pixels of the shorter side before a random crop; 0: `size`. In testing it is `size`.
+        augmentation: In training.
         keep: Decoded videos are kept in memory.
+        classifier: A file of classes' scores of whole videos. The localizer then tells only that
+            there is an action, and a segment's score is its own times its video's for a class.
+        top: Classes of a video that its segments get from the classifier.
     """
 
     annotations: str
@@ -47,8 +51,12 @@ class DataConfig:
     training: str = "training"
     validation: str = "validation"
     sampling: Sampling = field(default_factory=lambda: Sampling(steps=48, stride=1))
+    size: int = 224
     short: int = 0
+    augmentation: Augmentation = field(default_factory=Augmentation)
     keep: bool = False
+    classifier: str = ""
+    top: int = 2
 
 
 @dataclass(frozen=True)
@@ -56,13 +64,12 @@ class BackboneConfig:
     """Which network, and how it is trained.
 
     Attributes:
-        name: One of `NETWORKS`.
-        way: "plain", "checkpointed", "rewired" or "frozen".
+        name: One of `backbones.NETWORKS`.
+        way: "plain", "checkpointed", "rewired", "frozen", or "losa": frozen, with adapters.
         options: Of `rewire.make_reversible`, where it is rewired.
-        weights: A file of a state_dict of the network; empty: none.
+        weights: A file of weights, see `converters`; empty: none.
         pool: "mean" or "max" over space.
         normal: "imagenet" or "centred": mean and deviation of colours.
-        size: Height and width of the frames that it is rewired on.
     """
 
     name: str = "motionnet"
@@ -71,7 +78,6 @@ class BackboneConfig:
     weights: str = ""
     pool: str = "mean"
     normal: str = "imagenet"
-    size: int = 64
 
 
 @dataclass(frozen=True)
@@ -81,15 +87,17 @@ class Config:
     Attributes:
         data: Videos.
         backbone: The network that sees frames.
-        localizer: The network that finds segments.
-        recipe: How both are trained.
+        losa: The adapters beside it, where its way is "losa".
+        localizer: The network that finds segments; its `name` is "actionformer" or "vsgn".
+        recipe: How they are trained.
         suppression: How found segments are thinned out.
         thresholds: Of overlap, in the test.
     """
 
     data: DataConfig
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    localizer: ActionFormerShape = field(default_factory=ActionFormerShape)
+    losa: LoSAShape = field(default_factory=LoSAShape)
+    localizer: ActionFormerShape | VSGNShape = field(default_factory=ActionFormerShape)
     recipe: Recipe = field(default_factory=Recipe)
     suppression: Suppression = field(default_factory=Suppression)
     thresholds: tuple[float, ...] = THUMOS_THRESHOLDS
@@ -116,25 +124,25 @@ def built(kind: type[Made], content: Any, where: str) -> Made:
     """
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: keys and values were expected, not {content!r}.")
-    hints = typing.get_type_hints(kind)
-    if unknown := content.keys() - hints.keys():
-        known = ", ".join(hints)
-        raise ConfigError(f"{where}: unknown {', '.join(sorted(unknown))}. There are {known}.")
+    hints, none = typing.get_type_hints(kind), dataclasses.MISSING
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := content.keys() - fields.keys():
+        known = ", ".join(fields)
+        raise ConfigError(
+            f"{where}: unknown {', '.join(sorted(map(str, unknown)))}. There are {known}."
+        )
     values = {name: _value(hints[name], v, f"{where}: {name}") for name, v in content.items()}
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    none = dataclasses.MISSING
-    needed = {f.name for f in fields if f.default is none and f.default_factory is none}
+    needed = {n for n, f in fields.items() if f.default is none and f.default_factory is none}
     if missing := needed - values.keys():
         raise ConfigError(f"{where}: needs {', '.join(sorted(missing))}.")
     return kind(**values)
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
+    if isinstance(kind, types.UnionType):
+        kind, value = _chosen(typing.get_args(kind), value, where)
     if dataclasses.is_dataclass(kind):
         return built(kind, value, where)  # type: ignore[arg-type]
-    if isinstance(kind, types.UnionType):
-        one, other = typing.get_args(kind)
-        kind = other if isinstance(value, list) else one
     origin = typing.get_origin(kind)
     if origin is tuple and isinstance(value, list):
         inner = typing.get_args(kind)[0]
@@ -146,50 +154,16 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def detector_of(config: Config, classes: int) -> Detector:
-    """The network of a configuration, on the CPU.
-
-    Raises:
-        ConfigError: There is no such network, or its sizes do not fit.
-    """
-    given = config.backbone
-    backbone, options = backbone_of(config), dict(given.options)
-    if given.way == "rewired":
-        sampling = config.data.sampling
-        frames = sampling.steps * sampling.per_step
-        options["example_inputs"] = torch.zeros(1, 3, frames, given.size, given.size)
-    backbone = prepared(backbone, given.way, **options)
-    return Detector(backbone, localizer_of(config, backbone.channels, classes))
-
-
-def backbone_of(config: Config) -> Backbone:
-    """The backbone as it is, with its weights.
-
-    Raises:
-        ConfigError: There is no such network.
-    """
-    given = config.backbone
-    if given.name not in NETWORKS:
-        raise ConfigError(f"backbone: {given.name!r} is none of {', '.join(NETWORKS)}.")
-    if given.normal not in _NORMALS:
-        raise ConfigError(f"backbone: normal is {' or '.join(_NORMALS)}, not {given.normal!r}.")
-    net = NETWORKS[given.name]()
-    if given.weights:
-        net.load_state_dict(torch.load(given.weights, map_location="cpu", weights_only=True))
-    return Backbone(net, config.data.sampling.per_step, _NORMALS[given.normal], given.pool)
-
-
-def localizer_of(config: Config, channels: int, classes: int) -> ActionFormer:
-    """The localizer for features of so many channels.
-
-    Raises:
-        ConfigError: A window is no multiple of what it halves.
-    """
-    steps, halvings = config.data.sampling.steps, config.localizer.branches
-    if steps % 2**halvings:
-        raise ConfigError(
-            f"data: sampling: {steps} steps are no multiple of {2**halvings} (2 to the power of "
-            "localizer: branches)."
-        )
-    settings = dataclasses.asdict(config.localizer)
-    return ActionFormer(ActionFormerConfig(inputs=channels, classes=classes, **settings))
+def _chosen(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, Any]:
+    """Which of several types a value is of, and the value: a dataclass goes by its name in it."""
+    if not dataclasses.is_dataclass(kinds[0]):
+        one, other = kinds
+        return (other if isinstance(value, list) else one), value
+    if not isinstance(value, dict):
+        return kinds[0], value
+    names = {kind.name: kind for kind in kinds}
+    rest = dict(value)
+    name = rest.pop("name", kinds[0].name)
+    if name not in names:
+        raise ConfigError(f"{where}: {name!r} is none of {', '.join(names)}.")
+    return names[name], rest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from examples.tal.config import Config
 from examples.tal.data.annotations import (
@@ -14,19 +14,31 @@ from examples.tal.data.annotations import (
     of_subset,
     read_annotations,
 )
+from examples.tal.data.augmentation import augmented, middle
+from examples.tal.data.classification import ACTION, VideoScores, read_scores
 from examples.tal.data.loading import Skipped, Windows, opened
 
 
 class Sets(NamedTuple):
-    """Windows to train on and to test on, and the classes' names."""
+    """What a detector is trained and tested on.
+
+    Attributes:
+        training: Windows to train on.
+        testing: Windows to test on.
+        classes: Names of the localizer's classes.
+        skipped: Videos that cannot be read.
+        scores: Of whole videos by a classifier, where the localizer knows actions only.
+    """
 
     training: Windows
     testing: Windows
     classes: list[str]
+    skipped: list[Skipped]
+    scores: VideoScores | None
 
 
-def sets_of(config: Config) -> tuple[Sets, list[Skipped]]:
-    """The sets of a configuration, and the videos that cannot be read.
+def sets_of(config: Config) -> Sets:
+    """The sets of a configuration.
 
     Raises:
         FileFormError: Annotations cannot be read, or no video of a set can.
@@ -34,16 +46,18 @@ def sets_of(config: Config) -> tuple[Sets, list[Skipped]]:
     data = config.data
     every = read_annotations(Path(data.annotations))
     parts = [of_subset(every, name) for name in (data.training, data.validation)]
-    classes = classes_of(video for part in parts for video in part)
+    scores = read_scores(Path(data.classifier)) if data.classifier else None
+    classes = [ACTION] if scores else classes_of(video for part in parts for video in part)
     files, skipped = opened([video for part in parts for video in part], Path(data.videos))
 
-    def windows(videos: Sequence[Video], training: bool) -> Windows:
-        rest = {"seed": config.recipe.seed, "short": data.short or None}
-        found = Windows(
-            videos, files, classes, data.sampling, training=training, keep=data.keep, **rest
-        )
+    def windows(videos: Sequence[Video], short: int, **options: Any) -> Windows:
+        rest = {"seed": config.recipe.seed, "keep": data.keep, "single": scores is not None}
+        found = Windows(videos, files, classes, data.sampling, short=short, **rest, **options)
         if not found.videos:
             raise FileFormError(f"{data.videos}: none of {len(videos)} videos can be read.")
         return found
 
-    return Sets(windows(parts[0], True), windows(parts[1], False), classes), skipped
+    augment = augmented(data.augmentation, data.size)
+    training = windows(parts[0], data.short or data.size, training=True, transform=augment)
+    testing = windows(parts[1], data.size, training=False, transform=middle(data.size))
+    return Sets(training, testing, classes, skipped, scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ class Recipe:
         warmup: Epochs in which the rate rises from zero; it falls as a cosine behind them.
         batch: Samples of a step, over all processes.
         rate: Of the localizer.
-        backbone_rate: Of the backbone.
+        backbone_rate: Of the backbone, or of the adapters beside it.
         decay: Of weights of convolutions and linear layers; nothing else decays.
         clip: Largest norm of a gradient.
         ema: Share of the averaged weights that a step keeps, at most (see `averaging`); those are
@@ -105,16 +105,19 @@ class Trainer:
     def run(
         self,
         told: Callable[[int, Mapping[str, float]], None] | None = None,
+        watched: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
+        *,
         until: int | None = None,
     ) -> None:
         """Train until all epochs are over, from where it stands.
 
         Args:
             told: Called after each epoch with its number and means of its losses.
+            watched: Passes the batches of an epoch on, to show how far it is.
             until: Stop after this epoch already.
         """
         while self.epoch < min(self.recipe.epochs, until or self.recipe.epochs):
-            means = self._one_epoch()
+            means = self._one_epoch(watched)
             self.epoch += 1
             if self.folder is not None and _is_first():
                 rate = self.optimizer.param_groups[0]["lr"]
@@ -123,13 +126,13 @@ class Trainer:
             if told is not None:
                 told(self.epoch, means)
 
-    def _one_epoch(self) -> dict[str, float]:
+    def _one_epoch(self, watched: Callable[[Iterable[Batch]], Iterable[Batch]]) -> dict[str, float]:
         self.samples.epoch = self.epoch
         loader = self._loader()
         seed_all(self.recipe.seed * 1_000_003 + self.epoch * 1009 + _rank())
         self._train_mode()
         sums: dict[str, float] = {}
-        for number, batch in enumerate(loader):
+        for number, batch in enumerate(watched(loader)):
             self._set_rate(self.epoch + number / len(loader))
             for name, value in self.step(batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(loader)
@@ -229,7 +232,7 @@ def groups(detector: Detector, recipe: Recipe) -> list[dict[str, Any]]:
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
-            rate = recipe.backbone_rate if name.startswith("backbone.") else recipe.rate
+            rate = recipe.rate if name.startswith("localizer.") else recipe.backbone_rate
             decay = recipe.decay if id(parameter) in decaying else 0.0
             found.setdefault((rate, decay), []).append(parameter)
     return [

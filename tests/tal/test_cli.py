@@ -23,6 +23,7 @@ data:
   annotations: {root}/annotations.json
   videos: {root}/videos
   sampling: {{steps: 48, per_step: 2, stride: 1}}
+  size: 64
 backbone: {{name: motionnet, way: rewired, pool: max, normal: centred}}
 localizer: {{width: 16, stem: 1, branches: 2, window: -1}}
 recipe: {{epochs: {epochs}, warmup: 1, batch: 2}}

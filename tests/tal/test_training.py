@@ -27,6 +27,7 @@ from examples.tal.models.backbones import CENTRED, Backbone, prepared
 from examples.tal.models.detector import Detector, Suppression
 from examples.tal.models.motionnet import MotionNet
 from examples.tal.pretraining import Clips
+from examples.tal.sets import Sets
 from examples.tal.training import Recipe, Trainer, groups, predict, schedule, seed_all
 
 CLASSES = sorted(synthetic.ACTIONS)
@@ -120,7 +121,7 @@ def test_every_way_of_the_comparison_runs(videos: Set) -> None:
         run(
             replace(arm, epochs=1),
             config,
-            (training, testing, CLASSES),
+            Sets(training, testing, CLASSES, [], None),
             (clips, clips),
             classifier,
             0,

@@ -79,7 +79,7 @@ def read_annotations(path: Path, *, skip: Iterable[str] = (AMBIGUOUS,)) -> list[
         FileFormError: It is no such file; the message names the video and the annotation.
     """
     skipped = set(skip)
-    database = _member(_read(path), "database", path)
+    database = _member(read_json(path), "database", path)
     videos = []
     for name, row in database.items():
         where = f"{path}: {name}"
@@ -138,7 +138,7 @@ def read_predictions(path: Path) -> dict[str, list[Prediction]]:
         FileFormError: It is no such file.
     """
     found = {}
-    for name, rows in _member(_read(path), "results", path).items():
+    for name, rows in _member(read_json(path), "results", path).items():
         predictions = []
         for number, entry in enumerate(rows):
             here = f"{path}: {name}, prediction {number}"
@@ -187,7 +187,12 @@ def of_subset(videos: Iterable[Video], subset: str) -> list[Video]:
 # ---- JSON -----------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileFormError: It cannot be read.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

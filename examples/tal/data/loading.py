@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from examples.tal.data.annotations import Video
+from examples.tal.data.augmentation import Transform
 from examples.tal.data.video import VideoError, VideoFile, find_video, probe, read_frames
-from examples.tal.data.windows import Sampling, Window, sliding, spread, truncated
-
-Augmentation = Callable[[Tensor], Tensor]  # of all frames [T, 3, H, W] alike
+from examples.tal.data.windows import (
+    Sampling,
+    Window,
+    clipped,
+    has_clips,
+    sliding,
+    spread,
+    truncated,
+)
 
 
 class Sample(NamedTuple):
@@ -82,11 +89,12 @@ class Windows(Dataset[Sample]):
         files: Theirs.
         classes: Names, in the order of the network's.
         sampling: How windows are taken.
-        training: Random windows, augmented.
-        augment: Of the frames of a window; they are as they are where it is None.
+        training: Random windows.
+        transform: Of the frames of a window; they are as they are where it is None.
         seed: Of what is drawn; with `epoch` and a sample's number it tells its window.
-        short: Pixels of the shorter side.
+        short: Pixels of the shorter side before the transform.
         keep: Decoded videos are kept in memory.
+        single: All labels are one class, the first.
 
     Attributes:
         windows: All of them, to test on; empty in training.
@@ -100,31 +108,36 @@ class Windows(Dataset[Sample]):
         sampling: Sampling,
         *,
         training: bool,
-        augment: Augmentation | None = None,
+        transform: Transform | None = None,
         seed: int = 0,
         short: int | None = None,
         keep: bool = False,
+        single: bool = False,
     ) -> None:
         self.videos = [video for video in videos if video.name in files]
         self.files, self.sampling, self.training = files, sampling, training
         self.numbers = {label: number for number, label in enumerate(classes)}
-        self.augment, self.seed, self.short, self.epoch = augment, seed, short, 0
+        self.transform, self.seed, self.short, self.epoch = transform, seed, short, 0
+        self.single = single
         self._kept: dict[str, Tensor] | None = {} if keep else None
         self.windows = [] if training else [w for video in self.videos for w in self._all(video)]
+        cut = training and sampling.clipped and sampling.stride
+        self._short = [v for v in self.videos if cut and has_clips(v, files[v.name].fps, sampling)]
 
     def __len__(self) -> int:
-        return len(self.videos) if self.training else len(self.windows)
+        return len(self.videos) + len(self._short) if self.training else len(self.windows)
 
     def __getitem__(self, number: int) -> Sample:
         if not self.training:
             return self._sample(self.windows[number], None)
         random = np.random.default_rng([self.seed, self.epoch, number])
-        video = self.videos[number]
+        video = [*self.videos, *self._short][number]
         file = self.files[video.name]
-        if self.sampling.stride:
-            window = truncated(video, file.fps, file.frames, self.sampling, random)
-        else:
+        if not self.sampling.stride:
             window = spread(video, file.frames, self.sampling)
+        else:
+            cut = truncated if number < len(self.videos) else clipped
+            window = cut(video, file.fps, file.frames, self.sampling, random)
         return self._sample(window, int(random.integers(2**31)))
 
     def _all(self, video: Video) -> list[Window]:
@@ -135,12 +148,13 @@ class Windows(Dataset[Sample]):
 
     def _sample(self, window: Window, seed: int | None) -> Sample:
         frames = self._frames(window)
-        if self.augment is not None and seed is not None:
+        if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                frames = self.augment(frames)
+                torch.manual_seed(seed or 0)
+                frames = self.transform(frames)
         mask = torch.arange(self.sampling.steps) < window.real
-        labels = torch.tensor([self.numbers[label] for label in window.labels], dtype=torch.long)
+        numbers = [0 if self.single else self.numbers[label] for label in window.labels]
+        labels = torch.tensor(numbers, dtype=torch.long)
         segments = torch.from_numpy(window.segments).float()
         return Sample(frames.transpose(0, 1).contiguous(), mask, segments, labels, window)
 

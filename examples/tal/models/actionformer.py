@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,8 @@ class ActionFormerShape:
         range: Length up to which a segment is found at the finest scale, times √2 at most: the
             first of the ranges 0–4, 4–8, 8–16, ...
     """
+
+    name: ClassVar[str] = "actionformer"
 
     width: int = 512
     heads: int = 4

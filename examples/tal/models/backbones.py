@@ -51,6 +51,10 @@ class Swin(nn.Module):
         x = self.net.norm(self.net.features(x))
         return [x.permute(0, 4, 1, 2, 3)]
 
+    def rows(self, x: Tensor) -> Tensor:
+        """The mean over space of what a block gives, [B, C, t]."""
+        return x.mean((2, 3)).mT
+
 
 class VideoMAE(nn.Module):
     """VideoMAE (v1, v2) of transformers, run over clips of its own length side by side.
@@ -65,18 +69,21 @@ class VideoMAE(nn.Module):
 
         self.config = VideoMAEConfig(**config) if isinstance(config, Mapping) else config
         self.net = VideoMAEModel(self.config)
-        self.channels = (self.config.hidden_size,)
+        self.channels, self.clip = (self.config.hidden_size,), self.config.num_frames
 
     def forward(self, frames: Tensor) -> list[Tensor]:
         """Frames [B, 3, T, H, W] to a map [B, C, T / 2, 1, 1]; T is a multiple of a clip."""
-        size = self.config.num_frames
+        size = self.clip
         if frames.shape[2] % size:
             raise ValueError(f"{frames.shape[2]} frames: give a multiple of {size}, a clip.")
         clips = frames.unflatten(2, (-1, size)).permute(0, 2, 3, 1, 4, 5)  # [B, n, T, 3, H, W]
-        tokens = self.net(clips.flatten(0, 1)).last_hidden_state
-        steps = size // self.config.tubelet_size
-        maps = tokens.unflatten(1, (steps, -1)).mean(2)
-        return [maps.unflatten(0, (len(frames), -1)).flatten(1, 2).mT[..., None, None]]
+        rows = self.rows(self.net(clips.flatten(0, 1)).last_hidden_state)
+        together = rows.unflatten(0, (len(frames), -1)).transpose(1, 2).flatten(2)
+        return [together[..., None, None]]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The mean over space of the tokens of each clip, [N, C, t]."""
+        return x.unflatten(1, (self.clip // self.config.tubelet_size, -1)).mean(2).mT
 
 
 # ViT sizes of VideoMAE: hidden size, layers, heads, size of the MLP, size of a patch.
@@ -147,10 +154,12 @@ class Backbone(nn.Module):
         steps = frames.shape[2] // self.per_step
         maps = self.net((frames - self.mean) / self.deviation)
         rows = [x.amax((-2, -1)) if self.pool == "max" else x.float().mean((-2, -1)) for x in maps]
-        fitted = [
-            x if x.shape[-1] == steps else F.interpolate(x, steps, mode="linear") for x in rows
-        ]
-        return torch.cat(fitted, 1)
+        return torch.cat([fitted(x, steps) for x in rows], 1)
+
+
+def fitted(x: Tensor, steps: int) -> Tensor:
+    """Rows [B, C, t] interpolated to so many steps."""
+    return x if x.shape[-1] == steps else F.interpolate(x, steps, mode="linear")
 
 
 def prepared(backbone: Backbone, way: str, **options: Any) -> Backbone:

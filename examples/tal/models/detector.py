@@ -33,16 +33,24 @@ class Detector(nn.Module):
     Args:
         backbone: Frames [B, 3, T, H, W] to features [B, C, L]; None: features come in.
         localizer: Features to outputs.
+        adapter: What the backbone gives, and a mask, to features; None: it gives features.
     """
 
-    def __init__(self, backbone: nn.Module | None, localizer: nn.Module) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module | None,
+        localizer: nn.Module,
+        adapter: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone, self.localizer = backbone, localizer
+        self.backbone, self.localizer, self.adapter = backbone, localizer, adapter
 
     def forward(self, x: Tensor, mask: Tensor) -> Any:
         """Run on frames, numbers from 0 to 255 or shares of one, or on features."""
         if self.backbone is not None:
             x = self.backbone(x)
+        if self.adapter is not None:
+            x = self.adapter(x, mask)
         return self.localizer(x, mask)
 
 

@@ -95,8 +95,8 @@ class LocalAttention(nn.Module):
             {n: MaskedConv1d(width, width, 3, stride, bias=False, groups=width) for n in names}
         )
         self.norms = nn.ModuleDict({n: ChannelNorm(width) for n in names})
-        self.projections = nn.ModuleDict({n: _pointwise(width, width) for n in names})
-        self.out = _pointwise(width, width)
+        self.projections = nn.ModuleDict({n: pointwise(width, width) for n in names})
+        self.out = pointwise(width, width)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Attend: [B, C, T] and mask to [B, C, T / s] and its mask."""
@@ -135,7 +135,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = ChannelNorm(width), ChannelNorm(width)
         self.attention = LocalAttention(width, heads, window, stride)
         hidden = 4 * width
-        self.mlp = nn.Sequential(_pointwise(width, hidden), nn.GELU(), _pointwise(hidden, width))
+        self.mlp = nn.Sequential(pointwise(width, hidden), nn.GELU(), pointwise(hidden, width))
         self.pool = nn.MaxPool1d(3, 2, 1) if stride == 2 else nn.Identity()
         self.drop1, self.drop2 = (AffineDropPath(width, drop_path) for _ in range(2))
 
@@ -156,7 +156,8 @@ def sinusoid(length: int, width: int) -> Tensor:
     return (table.T[None] / width**0.5).float()
 
 
-def _pointwise(inputs: int, outputs: int) -> nn.Conv1d:
+def pointwise(inputs: int, outputs: int) -> nn.Conv1d:
+    """A convolution of one step, whose bias begins at zero."""
     conv = nn.Conv1d(inputs, outputs, 1)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)

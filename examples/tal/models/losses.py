@@ -29,6 +29,45 @@ def distance_iou_loss(found: Tensor, wanted: Tensor) -> Tensor:
     return 1 - shared / union.clamp_min(least) + (apart / hull.clamp_min(least)) ** 2
 
 
+def generalized_iou_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """1 - IoU + the share of the hull that neither segment covers.
+
+    Args:
+        found: [*, 2], two ends in any order.
+        wanted: The same of the ground truth, starts and ends.
+
+    Returns:
+        [*].
+
+    Source: Rezatofighi et al., Generalized Intersection over Union, CVPR 2019, in one dimension.
+    """
+    start, end = found.amin(-1), found.amax(-1)
+    first, last = wanted.unbind(-1)
+    shared = (torch.minimum(end, last) - torch.maximum(start, first)).clamp_min(0)
+    union = end - start + last - first - shared + 1e-7
+    hull = torch.maximum(end, last) - torch.minimum(start, first) + 1e-7
+    return 1 - shared / union + (hull - union) / hull
+
+
+def balanced_log_loss(shares: Tensor, wanted: Tensor) -> Tensor:
+    """Binary cross-entropy, half of it the mean over ones and half that over zeros.
+
+    Args:
+        shares: From 0 to 1, any shape.
+        wanted: Ones and zeros.
+    """
+    least = 1e-5
+    ones = mean_over_ranks(-(shares + least).log(), wanted > 0.5)
+    zeros = mean_over_ranks(-(1 - shares + least).log(), wanted <= 0.5)
+    return (ones + zeros) / 2
+
+
+def mean_over_ranks(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of chosen values on all ranks, as this rank's part of a mean over ranks; or 0."""
+    count = over_ranks(chosen.sum()).clamp_min(1)
+    return (values * chosen).sum() * ranks() / count
+
+
 def over_ranks(count: Tensor) -> Tensor:
     """A sum over all ranks, where there are several."""
     if ranks() == 1:

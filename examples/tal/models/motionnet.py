@@ -42,7 +42,7 @@ class MotionNet(nn.Module):
         depth: Blocks of a stage.
     """
 
-    def __init__(self, widths: Sequence[int] = (32, 64), depth: int = 3) -> None:
+    def __init__(self, widths: Sequence[int] = (16, 32), depth: int = 3) -> None:
         super().__init__()
         stem = conv(3, widths[0], (3, 5, 5), (2, 2, 2)), nn.BatchNorm3d(widths[0]), nn.ReLU()
         self.stem = nn.Sequential(*stem)
@@ -59,3 +59,7 @@ class MotionNet(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return [self.norm(x)]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The mean over space of what a block gives, [B, C, t]."""
+        return x.mean((-2, -1))

@@ -117,6 +117,10 @@ class SlowFast(nn.Module):
             fast = fast_stage(fast)
         return [slow, fast]
 
+    def rows(self, x: Tensor) -> Tensor:
+        """The mean over space of what a block gives, [B, C, t]."""
+        return x.mean((-2, -1))
+
 
 def _stem(width: int, time: int) -> nn.Sequential:
     return nn.Sequential(

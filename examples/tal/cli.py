@@ -31,11 +31,12 @@ from examples.tal.data.annotations import (
 )
 from examples.tal.data.classification import labelled
 from examples.tal.data.synthetic import ANNOTATIONS, PRETRAINING, VIDEOS, Amounts, generate
+from examples.tal.data.video import VideoError
 from examples.tal.evaluation import Evaluation, average_recall, evaluate
 from examples.tal.sets import Sets, sets_of
 from examples.tal.training import LAST, Trainer, predict, seed_all
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 log = Console(stderr=True, highlight=False)
 
 VERSION = "rewire examples.tal"
@@ -51,7 +52,7 @@ def one_line_errors() -> Iterator[None]:
     """Bad input is one line on stderr, and no traceback."""
     try:
         yield
-    except (ConfigError, FileFormError, ValueError) as error:
+    except (ConfigError, FileFormError, VideoError, ValueError) as error:
         log.print(f"[red]{error}[/red]")
         raise typer.Exit(1) from error
 
@@ -166,6 +167,24 @@ def evaluate_command(
         recall = average_recall(videos, found)
         shown = ", ".join(f"{share:.3f} of {number}" for number, share in recall.items())
         Console().print(f"average recall of the best proposals of a video: {shown}")
+
+
+@app.command()
+def timeline(
+    ground_truth: Annotated[Path, typer.Option(help="Annotations, a JSON file.")],
+    predictions: Annotated[Path, typer.Option(help="Predictions, a JSON file.")],
+    video: Annotated[str, typer.Option(help="Its name in both.")],
+    to: Annotated[Path, typer.Option(help="The picture to write: .png, .svg, .pdf.")],
+    least: Annotated[float, typer.Option(help="Scores below it are left out.")] = 0.1,
+) -> None:
+    """Draw what is annotated in a video and what was found."""
+    with one_line_errors():
+        videos = {row.name: row for row in read_annotations(ground_truth)}
+        if video not in videos:
+            raise ValueError(f"{ground_truth}: there is no video {video!r}.")
+        from examples.tal.timeline import draw_timeline  # matplotlib is slow to import
+
+        draw_timeline(to, videos[video], read_predictions(predictions).get(video, []), least)
 
 
 def _limits(text: str) -> list[float]:

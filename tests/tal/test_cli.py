@@ -14,6 +14,7 @@ from examples.tal.cli import app
 from examples.tal.config import Config as Whole
 from examples.tal.config import ConfigError, built, read_config
 from examples.tal.data.annotations import read_predictions, write_annotations, write_predictions
+from examples.tal.models.vsgn import VSGNShape
 from tests.tal.test_evaluation import FOUND, TRUTH
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "tal" / "configs"
@@ -89,6 +90,35 @@ def test_configurations_are_read_and_bad_ones_say_where() -> None:
         ({"data": {**data, "keep": "yes"}}, "c: data: keep: 'yes' is no bool"),
         ({"data": data, "recipe": {"epochs": 1.5}}, "1.5 is no int"),
         ({"data": data, "localizer": {"window": ["x"]}}, "'x' is no int"),
+        ({"data": data, "localizer": {"name": "tsn"}}, "'tsn' is none of actionformer, vsgn"),
+        ({"data": data, "localizer": {"name": "vsgn", "window": 3}}, "unknown window"),
     ):
         with pytest.raises(ConfigError, match=said):
             built(Whole, content, "c")
+    chosen = built(Whole, {"data": data, "localizer": {"name": "vsgn", "levels": 3}}, "c")
+    assert chosen.localizer == VSGNShape(levels=3)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "localizer"),
+    [
+        ("{name: motionnet, way: losa, pool: max}", "{width: 16, stem: 1, branches: 2}"),
+        (
+            "{name: motionnet, way: frozen}",
+            "{name: vsgn, width: 32, levels: 3, neighbours: 6, stride: 2, gap: 4, groups: 8}",
+        ),
+    ],
+)
+def test_other_ways_and_localizers_train(backbone: str, localizer: str, tmp_path: Path) -> None:
+    root, config = tmp_path / "data", tmp_path / "c.yaml"
+    run("prepare", root, "--synthetic", "--videos", "2,1,0", "--workers", 1)
+    text = TINY.format(root=root, epochs=1).splitlines()[:5]
+    rest = [f"backbone: {backbone}", f"localizer: {localizer}", "losa: {every: 2, width: 16}"]
+    config.write_text("\n".join([*text, *rest, "recipe: {epochs: 1, batch: 2}"]))
+    assert "mAP" in run("train", config, "--out", tmp_path / "out")
+    picture = tmp_path / "line.png"
+    files = ["--ground-truth", root / "annotations.json"]
+    files += ["--predictions", tmp_path / "out" / "predictions.json"]
+    run("timeline", *files, "--video", "video_0002", "--to", picture)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "no video 'x'" in refused("timeline", *files, "--video", "x", "--to", picture)

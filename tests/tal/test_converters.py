@@ -434,15 +434,17 @@ def test_some_names_letter_by_letter(layout: converters.Layout, theirs: str, our
 
 
 def test_our_own_files_load(tmp_path: Path) -> None:
-    """A network's, a classifier's, half precision, under DataParallel, without counters."""
+    """Alone, in a classifier or a detector, halved, under DataParallel, without counters."""
     net = filled(MotionNet((8, 16), 2))
     classifier = Classifier(Backbone(net), 3)
     alone, whole = net.state_dict(), classifier.state_dict()
+    net_in_detector = {f"backbone.net.{key}": value for key, value in alone.items()}
     halves = {key: value.half() if value.is_floating_point() else value
               for key, value in alone.items()}  # fmt: skip
     files = {
         "net": alone,
         "classifier": whole,
+        "detector": {**net_in_detector, "localizer.stem.weight": torch.rand(3)},
         "parallel": {"state_dict": {f"module.{key}": value for key, value in alone.items()}},
         "counts": {key: value for key, value in alone.items() if "num_batches" not in key},
         "halves": halves,

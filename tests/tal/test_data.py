@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("av")
 
 from examples.tal.data import synthetic
-from examples.tal.data.annotations import Segment, Video, read_annotations
+from examples.tal.data.annotations import (
+    FileFormError,
+    Prediction,
+    Segment,
+    Video,
+    read_annotations,
+)
+from examples.tal.data.augmentation import Augmentation, augmented, middle
+from examples.tal.data.classification import labelled, read_scores
 from examples.tal.data.loading import Windows, collate, opened
 from examples.tal.data.video import VideoError, find_video, probe, read_frames, write_video
-from examples.tal.data.windows import Sampling, sliding, spread, truncated
+from examples.tal.data.windows import Sampling, clipped, has_clips, sliding, spread, truncated
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +66,26 @@ def test_missing_corrupt_and_cut_off_videos_are_told(counted: Path, tmp_path: Pa
     assert [row.name for row in skipped] == ["gone", "noise"]
     with pytest.raises(ValueError, match="ascending"):
         read_frames(counted, [5, 4])
+
+
+def test_a_file_that_is_cut_off_is_skipped(counted: Path, tmp_path: Path) -> None:
+    """Its header says 90 frames, and its data end before."""
+    import av
+
+    with av.open(str(counted)) as source:
+        path = tmp_path / "cut.mp4"
+        with av.open(str(path), "w", options={"movflags": "faststart"}) as target:
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(source.streams.video[0]):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert probe(path).frames == 90
+    files, skipped = opened([Video("cut", 9.0, "training")], tmp_path)
+    assert not files
+    assert "cut.mp4" in skipped[0].reason
 
 
 def test_times_come_back_through_a_file(counted: Path) -> None:
@@ -101,6 +131,55 @@ def test_short_videos_are_masked_and_truncated_ones_have_a_segment() -> None:
         spans = window.segments
         assert (spans[:, 1] <= 31.5 + 1e-9).all()
         assert (spans[:, 0] >= -0.5 - 1e-9).all()
+
+
+def test_clips_are_cut_around_short_segments() -> None:
+    sampling, random = Sampling(40, per_step=2, stride=1, clipped=0.4), np.random.default_rng(0)
+    spans = (Segment(1.0, 30.0, "x"), Segment(31.0, 32.0, "y"), Segment(40.0, 41.0, "z"))
+    video = Video("v", 60.0, "training", spans)
+    for _ in range(30):
+        window = clipped(video, 10.0, 600, sampling, random)
+        assert window.real == 16  # 3.2 seconds
+        start = window.frames[0] / 10
+        (segment,) = window.segments
+        label = window.labels[0]
+        assert window.to_seconds(segment).tolist() == [*{"y": (31, 32), "z": (40, 41)}[label]]
+        assert start >= {"y": 29.8, "z": 37.8 - 0.2}[label]
+    assert not has_clips(Video("v", 60.0, "training", spans[:1]), 10.0, sampling)
+    assert not has_clips(video, 10.0, Sampling(40, per_step=2, stride=1))
+
+
+def test_every_frame_of_a_window_is_transformed_alike() -> None:
+    given = Augmentation(crop=(0.3, 0.9), flip=True, jitter=0.4, operations=2)
+    frames = torch.randint(0, 255, (1, 3, 40, 60)).byte().expand(6, 3, 40, 60).contiguous()
+    transform = augmented(given, 24)
+    found = {}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        seen = transform(frames)
+        assert seen.shape == (6, 3, 24, 24)
+        assert seen.dtype == torch.uint8
+        assert bool((seen == seen[:1]).all())
+        found[seed] = seen
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(middle(24)(frames), frames[..., 8:32, 18:42])
+    assert torch.equal(augmented(Augmentation(), 24)(frames), middle(24)(frames))
+    with pytest.raises(ValueError, match="two shares"):
+        Augmentation(crop=(0.5,))
+
+
+def test_segments_get_the_classes_of_their_videos(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps({"class": ["a", "b", "c"], "results": {"v": [0.1, 0.6, 0.3]}}))
+    found = {"v": [Prediction(0, 1, "action", 0.5)]}
+    rows = labelled(found, read_scores(path), top=2)["v"]
+    assert [(row.label, row.score) for row in rows] == [("b", 0.3), ("c", 0.15)]
+    with pytest.raises(FileFormError, match=r"no scores of 1 videos \(w"):
+        labelled({"w": []}, read_scores(path), top=2)
+    for content in ({"class": ["a"], "results": {"v": [1, 2]}}, {"results": {}}, [1]):
+        path.write_text(json.dumps(content))
+        with pytest.raises(FileFormError, match="scores"):
+            read_scores(path)
 
 
 def test_the_generator_writes_what_it_says_and_the_same_twice(tmp_path: Path) -> None:

@@ -71,11 +71,13 @@ class Skipped:
 
 
 def opened(videos: Sequence[Video], folder: Path) -> tuple[dict[str, VideoFile], list[Skipped]]:
-    """The files of videos, and which videos have none that can be read."""
+    """The files of videos, and which videos have none that can be read to its end."""
     files, skipped = {}, []
     for video in videos:
         try:
-            files[video.name] = probe(find_video(folder, video.name))
+            file = probe(find_video(folder, video.name))
+            read_frames(file.path, [max(0, file.frames - 1)])  # a file that is cut off has none
+            files[video.name] = file
         except VideoError as error:
             skipped.append(Skipped(video.name, str(error)))
     return files, skipped

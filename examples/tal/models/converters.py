@@ -307,13 +307,26 @@ def fitting(state: dict[str, Tensor], net: nn.Module, layout: Layout) -> dict[st
     Raises:
         WeightsError: Names or shapes are not the network's.
     """
-    own = net.state_dict()
-    wanted = {**own, **_table(net, layout)}
+    own, table = net.state_dict(), _table(net, layout)
     given = {
         key: value
         for key, value in state.items()
-        if key in wanted or not (layout.spare and key.startswith(layout.spare))
+        if key in own or not (layout.spare and key.startswith(layout.spare))
     }
+    if wrong := _differences(given, own, table):
+        raise WeightsError(f"{layout.name}, does not fit {type(net).__name__}; {wrong}.")
+    for key in table.keys() & given.keys():
+        # Files of half precision round it.
+        if not torch.allclose(given[key].float(), table[key], atol=1e-2):
+            raise WeightsError(f"{layout.name}, but {key} was learned; the network's is fixed.")
+    return {key: given.get(key, value) for key, value in own.items()}
+
+
+def _differences(
+    given: dict[str, Tensor], own: Mapping[str, Tensor], table: Mapping[str, Tensor]
+) -> str:
+    """How weights differ from what a network has, in words; empty if they fit."""
+    wanted = {**own, **table}
     missing = [key for key in own if key not in given and not _DERIVED.search(key)]
     unexpected = [key for key in given if key not in wanted]
     misshapen = [
@@ -321,15 +334,8 @@ def fitting(state: dict[str, Tensor], net: nn.Module, layout: Layout) -> dict[st
         for key, value in given.items()
         if key in wanted and value.shape != wanted[key].shape
     ]
-    counts = (missing, "missing"), (unexpected, "unexpected"), (misshapen, "of another shape")
-    if wrong := [f"{len(keys)} {what}: {_few(keys)}" for keys, what in counts if keys]:
-        net_name = type(net).__name__
-        raise WeightsError(f"{layout.name}, does not fit {net_name}; {'; '.join(wrong)}.")
-    for key, value in _table(net, layout).items():
-        # Files of half precision round it.
-        if key in given and not torch.allclose(given[key].float(), value, atol=1e-2):
-            raise WeightsError(f"{layout.name}, but {key} was learned; the network's is fixed.")
-    return {key: given.get(key, value) for key, value in own.items()}
+    kinds = (missing, "missing"), (unexpected, "unexpected"), (misshapen, "of another shape")
+    return "; ".join(f"{len(keys)} {what}: {_few(keys)}" for keys, what in kinds if keys)
 
 
 def _table(net: nn.Module, layout: Layout) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,9 @@ from examples.tal.models.actionformer import (
 )
 from examples.tal.models.backbones import CENTRED, Backbone, prepared
 from examples.tal.models.detector import Detector, Suppression
+from examples.tal.models.losa import LoSAShape
 from examples.tal.models.motionnet import MotionNet
+from examples.tal.models.vsgn import VSGN, VSGNConfig, VSGNShape
 from examples.tal.pretraining import Clips
 from examples.tal.sets import Sets
 from examples.tal.training import Recipe, Trainer, groups, predict, schedule, seed_all
@@ -98,9 +100,14 @@ def test_predictions_cover_every_video_once(videos: Set) -> None:
 
 
 @pytest.mark.slow
-def test_a_rewired_detector_overfits_five_videos(videos: Set) -> None:
+@pytest.mark.parametrize("localizer", ["actionformer", "vsgn"])
+def test_a_rewired_detector_overfits_five_videos(videos: Set, localizer: str) -> None:
     recipe = Recipe(epochs=120, warmup=5, batch=5, rate=2e-3, backbone_rate=2e-3, ema=0.9)
-    trainer = Trainer(detector(), windows(videos), recipe)
+    model = detector()
+    if localizer == "vsgn":
+        shape = VSGNShape(width=64, levels=4, stride=2, neighbours=6, head=2, groups=8, gap=4)
+        model.localizer = VSGN(VSGNConfig(**asdict(shape), inputs=16, classes=len(CLASSES)))
+    trainer = Trainer(model, windows(videos), recipe)
     trainer.run()
     rows = windows(videos, training=False)
     found = predict(trainer.average, rows, CLASSES)
@@ -114,7 +121,13 @@ def test_every_way_of_the_comparison_runs(videos: Set) -> None:
     data = DataConfig("", "", sampling=SAMPLING)
     backbone = BackboneConfig(pool="max", normal="centred")
     localizer = ActionFormerShape(width=16, stem=1, branches=3, window=-1)
-    config = Config(data, backbone, localizer, Recipe(batch=2, warmup=0.5))
+    config = Config(
+        data,
+        backbone,
+        localizer=localizer,
+        recipe=Recipe(batch=2, warmup=0.5),
+        losa=LoSAShape(every=2, width=16),
+    )
     clips = Clips(torch.randint(0, 255, (8, 3, 8, 64, 64)).byte(), torch.arange(8))
     classifier = pretrained(config, clips, seed=0, epochs=1)
     found = [

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from examples.tal.models.layers import Block, ChannelNorm, MaskedConv1d, sinusoid
+from examples.tal.models.layers import Block, ChannelNorm, MaskedConv1d, sinusoid, wide
 from examples.tal.models.losses import distance_iou_loss, over_ranks, ranks
 from examples.tal.nms import Found, joined
 
@@ -219,9 +219,9 @@ class ActionFormer(nn.Module):
         share = ranks() / self._normalized(positive.sum())
         smooth = classes * (1 - config.smoothing) + config.smoothing / (config.classes + 1)
         of_scores = sigmoid_focal_loss(
-            out.scores[out.mask].float(), smooth[out.mask], alpha=0.25, gamma=2, reduction="sum"
+            wide(out.scores[out.mask]), smooth[out.mask], alpha=0.25, gamma=2, reduction="sum"
         )
-        of_reach = distance_iou_loss(out.reach[positive].float(), reach[positive]).sum()
+        of_reach = distance_iou_loss(wide(out.reach[positive]), reach[positive]).sum()
         of_scores, of_reach = of_scores * share, of_reach * share
         return Losses(of_scores, of_reach, of_scores + config.regression * of_reach)
 
@@ -247,7 +247,7 @@ class ActionFormer(nn.Module):
         samples = []
         for scores, reach, mask in zip(out.scores, out.reach, out.mask, strict=True):
             columns = (scores.sigmoid() * mask[:, None], reach, out.points)
-            levels = zip(*(column.float().split(lengths) for column in columns), strict=True)
+            levels = zip(*(wide(column).split(lengths) for column in columns), strict=True)
             samples.append(joined([_decoded(*level, least, most) for level in levels]))
         return samples
 

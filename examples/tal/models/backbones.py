@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rewire
+from examples.tal.models.layers import wide
 from examples.tal.models.motionnet import Block, MotionNet
 from examples.tal.models.slowfast import Bottleneck, SlowFast
 
@@ -116,6 +117,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **{f"swin_{size}": partial(Swin, size) for size in "tsb"},
     "slowfast_r50": SlowFast,
     "slowfast_r101": partial(SlowFast, (3, 4, 23, 3)),
+    "slowfast_r50_mmaction": partial(SlowFast, normed=False),
+    "slowfast_r101_mmaction": partial(SlowFast, (3, 4, 23, 3), normed=False),
     **{f"videomae_{size}": partial(videomae, size) for size in _VIT},
 }
 
@@ -153,7 +156,7 @@ class Backbone(nn.Module):
         frames = frames / 255 if frames.dtype == torch.uint8 else frames
         steps = frames.shape[2] // self.per_step
         maps = self.net((frames - self.mean) / self.deviation)
-        rows = [x.amax((-2, -1)) if self.pool == "max" else x.float().mean((-2, -1)) for x in maps]
+        rows = [x.amax((-2, -1)) if self.pool == "max" else wide(x).mean((-2, -1)) for x in maps]
         return torch.cat([fitted(x, steps) for x in rows], 1)
 
 

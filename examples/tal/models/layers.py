@@ -162,3 +162,8 @@ def pointwise(inputs: int, outputs: int) -> nn.Conv1d:
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
     return conv
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: under autocast, means and losses would lose too much in half of it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

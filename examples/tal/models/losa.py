@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.tal.models.backbones import Backbone, blocks, fitted
-from examples.tal.models.layers import ChannelNorm, MaskedConv1d, pointwise
+from examples.tal.models.layers import ChannelNorm, MaskedConv1d, pointwise, wide
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Taps(nn.Module):
         net, steps = self.backbone.net, clips.shape[2] // self.backbone.per_step
 
         def keep(_block: nn.Module, _inputs: object, output: Tensor) -> None:
-            found.append(fitted(net.rows(output).float(), steps))
+            found.append(fitted(wide(net.rows(output)), steps))
 
         with ExitStack() as hooks:
             for block in self._tapped:

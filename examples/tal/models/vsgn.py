@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.tal.models.layers import wide
 from examples.tal.models.losses import balanced_log_loss, generalized_iou_loss, mean_over_ranks
 from examples.tal.nms import Found, by_class, hard_nms
 
@@ -248,7 +249,7 @@ class VSGN(nn.Module):
         adjusted = _of_boxes(out.adjusted, *wanted)
         steps = torch.stack(
             [
-                balanced_log_loss(said.float(), wanted)
+                balanced_log_loss(wide(said), wanted)
                 for said, wanted in zip(
                     (out.action, out.start, out.end), step_targets(spans, out.action), strict=True
                 )
@@ -259,7 +260,7 @@ class VSGN(nn.Module):
 
     def _of_scores(self, out: Outputs, kinds: Tensor) -> Tensor:
         """The mean over positive boxes and that over the others, added."""
-        each = F.cross_entropy(out.scores.float().flatten(0, 1), kinds.flatten(), reduction="none")
+        each = F.cross_entropy(wide(out.scores).flatten(0, 1), kinds.flatten(), reduction="none")
         positive = kinds.flatten() > 0
         return mean_over_ranks(each, positive) + mean_over_ranks(each, ~positive)
 
@@ -270,8 +271,8 @@ class VSGN(nn.Module):
 
         Boxes of a class suppress each other within the sample.
         """
-        shares = out.scores.float().softmax(-1)[..., 1:]
-        boxes = out.adjusted.float().clamp(0, out.stitching.steps - 1)
+        shares = wide(out.scores).softmax(-1)[..., 1:]
+        boxes = wide(out.adjusted).clamp(0, out.stitching.steps - 1)
         ends = [_at(out.start, boxes[..., 0]), _at(out.end, boxes[..., 1])]
         scores = shares * (ends[0] * ends[1])[..., None]
         samples = []
@@ -323,7 +324,7 @@ def edges(nodes: Tensor, neighbours: int, stitching: Stitching) -> Tensor:
         neighbours: k.
         stitching: Where samples lie.
     """
-    apart = torch.cdist(nodes.float(), nodes.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    apart = torch.cdist(wide(nodes), wide(nodes), compute_mode="donot_use_mm_for_euclid_dist")
     near = apart.topk(neighbours, -1, largest=False).indices
     if not stitching.stitched.any():
         return near
@@ -421,7 +422,7 @@ def step_targets(segments: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tens
 
 def _of_boxes(boxes: Tensor, kinds: Tensor, wanted: Tensor) -> Tensor:
     """The mean generalized-IoU loss of positive boxes."""
-    return mean_over_ranks(generalized_iou_loss(boxes.float(), wanted.float()), kinds > 0)
+    return mean_over_ranks(generalized_iou_loss(wide(boxes), wide(wanted)), kinds > 0)
 
 
 def _doubled(
@@ -450,7 +451,7 @@ def _unstitched(boxes: Tensor, stitching: Stitching, number: int) -> Tensor:
 
 def _at(shares: Tensor, places: Tensor) -> Tensor:
     """Shares [B, T] at places [B, N] between steps: the mean of both steps'."""
-    low, high = (shares.float().gather(1, side.long()) for side in (places.floor(), places.ceil()))
+    low, high = (wide(shares).gather(1, side.long()) for side in (places.floor(), places.ceil()))
     return (low + high) / 2
 
 

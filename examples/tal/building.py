@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from examples.tal.config import Config, ConfigError
 from examples.tal.models.actionformer import ActionFormer, ActionFormerConfig, ActionFormerShape
@@ -15,6 +15,7 @@ from examples.tal.models.detector import Detector
 from examples.tal.models.losa import LoSA, Taps
 from examples.tal.models.vsgn import VSGN, VSGNConfig
 
+_FEW = 32  # frames: enough for every network to tell its channels
 _NORMALS = {"imagenet": IMAGENET, "centred": CENTRED}
 
 
@@ -24,21 +25,17 @@ def detector_of(config: Config, classes: int) -> Detector:
     Raises:
         ConfigError: There is no such network, or its sizes do not fit.
     """
-    given, backbone = config.backbone, backbone_of(config)
+    given, backbone, size = config.backbone, backbone_of(config), config.data.size
     localizer = localizer_of(config, backbone.channels, classes)
     if given.way == "losa":
-        taps = Taps(backbone, config.losa, example_of(config))
+        taps = Taps(backbone, config.losa, torch.zeros(1, 3, _FEW, size, size))
         return Detector(taps, localizer, LoSA(taps.channels, config.losa))
     options = dict(given.options)
     if given.way == "rewired":
-        options["example_inputs"] = example_of(config)
+        # Without values: rewiring looks at shapes, and a window of real frames may not fit.
+        frames = config.data.sampling.steps * config.data.sampling.per_step
+        options["example_inputs"] = torch.empty(1, 3, frames, size, size, device="meta")
     return Detector(prepared(backbone, given.way, **options), localizer)
-
-
-def example_of(config: Config) -> Tensor:
-    """Frames of a window, all black."""
-    sampling, size = config.data.sampling, config.data.size
-    return torch.zeros(1, 3, sampling.steps * sampling.per_step, size, size)
 
 
 def backbone_of(config: Config) -> Backbone:

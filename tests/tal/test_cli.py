@@ -10,10 +10,12 @@ from typer.testing import CliRunner
 
 pytest.importorskip("av")
 
+from examples.tal.building import localizer_of
 from examples.tal.cli import app
 from examples.tal.config import Config as Whole
 from examples.tal.config import ConfigError, built, read_config
 from examples.tal.data.annotations import read_predictions, write_annotations, write_predictions
+from examples.tal.models.backbones import NETWORKS
 from examples.tal.models.vsgn import VSGNShape
 from tests.tal.test_evaluation import FOUND, TRUTH
 
@@ -80,8 +82,12 @@ def test_prepare_train_go_on_predict(tmp_path: Path) -> None:
 
 def test_configurations_are_read_and_bad_ones_say_where() -> None:
     found = {path.name: read_config(path) for path in sorted(CONFIGS.glob("*.yaml"))}
-    assert len(found) >= 2
-    assert all(config.backbone.way == "rewired" for config in found.values())
+    assert len(found) >= 6
+    for name, config in found.items():
+        assert config.backbone.name in NETWORKS
+        assert config.backbone.way == ("losa" if "losa" in name else "rewired")
+        assert config.localizer.name in name
+        assert localizer_of(config, 8, 3) is not None
     data = {"annotations": "a", "videos": "b"}
     for content, said in (
         ([], "keys and values"),

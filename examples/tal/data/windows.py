@@ -18,6 +18,7 @@ from examples.tal.data.annotations import Segment, Video
 Floats = NDArray[np.float64]
 
 _TRIES = 200
+_LEAST = 0.01  # of a video: what is shorter is no segment of a window that is all of it
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def spread(video: Video, frames: int, sampling: Sampling) -> Window:
     middles = (np.arange(count) + 0.5) * frames / count - 0.5
     numbers = np.clip(np.round(middles), 0, frames - 1).astype(int)
     step = video.duration / sampling.steps
-    return _window(video, numbers, sampling.steps, 0.5 * step, step, video.segments)
+    seen = [s for s in video.segments if s.end - s.start > _LEAST * video.duration]
+    return _window(video, numbers, sampling.steps, 0.5 * step, step, seen)
 
 
 def sliding(video: Video, fps: float, frames: int, sampling: Sampling) -> list[Window]:

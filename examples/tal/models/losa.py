@@ -60,9 +60,11 @@ class Taps(nn.Module):
         self.backbone, self.shape = backbone.requires_grad_(False), shape
         every = list(blocks(backbone.net))
         self._tapped = [b for n, b in enumerate(reversed(every)) if n % shape.every == 0]
-        self._clip = shape.clip or getattr(backbone.net, "clip", 0)
         self.eval()
-        self.channels = [row.shape[1] for row in self(example[:, :, : self._clip or None])]
+        own = getattr(backbone.net, "clip", 0)
+        self._clip = shape.clip or own
+        with torch.no_grad():
+            self.channels = [row.shape[1] for row in self._rows(example[:, :, : own or None])]
 
     def train(self, mode: bool = True) -> Taps:
         """Stay in eval mode, whatever the mode."""

@@ -35,6 +35,8 @@ from examples.tal.pretraining import CLASSES, Classifier, Clips, accuracy, clips
 from examples.tal.sets import Sets, sets_of
 from examples.tal.training import Trainer, predict, seed_all
 
+_PRETRAINED = 8  # epochs on clips, the same for all ways
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -113,6 +115,9 @@ def compare(
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool:
+        kept = [pool.submit(_kept, config, motions, seed) for seed in range(seeds)]
+        for job in kept:
+            job.result()
         jobs = [
             pool.submit(_one, config, motions, arm, seed) for seed in range(seeds) for arm in arms
         ]
@@ -124,24 +129,24 @@ def _one(config: Config, motions: Path, arm: Arm, seed: int) -> Outcome:
     """One arm with one seed, in a process of its own: the same backbone for all arms of a seed."""
     torch.set_num_threads(1)
     train, test = clips(motions, "training"), clips(motions, "validation")
-    classifier = _kept(config, motions, train, seed)
+    classifier = Classifier(backbone_of(config), len(CLASSES))
+    state = torch.load(_kept(config, motions, seed), weights_only=True)
+    classifier.load_state_dict(state)
     return run(arm, config, sets_of(config), (train, test), classifier, seed)
 
 
-def _kept(config: Config, motions: Path, train: Clips, seed: int) -> Classifier:
-    """The pretrained classifier of a seed, from a file beside the clips where there is one."""
-    path = motions / f"{config.backbone.name}_{seed}.pt"
-    if path.exists():
-        classifier = Classifier(backbone_of(config), len(CLASSES))
-        classifier.load_state_dict(torch.load(path, weights_only=True))
-        return classifier
-    classifier = pretrained(config, train, seed)
-    with written_whole(path) as beside:
-        torch.save(classifier.state_dict(), beside)
-    return classifier
+def _kept(config: Config, motions: Path, seed: int) -> Path:
+    """The pretrained classifier of a seed: a file beside the clips, made where there is none."""
+    path = motions / f"{config.backbone.name}_{_PRETRAINED}_epochs_seed_{seed}.pt"
+    if not path.exists():
+        torch.set_num_threads(1)
+        classifier = pretrained(config, clips(motions, "training"), seed, _PRETRAINED)
+        with written_whole(path) as beside:
+            torch.save(classifier.state_dict(), beside)
+    return path
 
 
-def pretrained(config: Config, clips: Clips, seed: int, epochs: int = 4) -> Classifier:
+def pretrained(config: Config, clips: Clips, seed: int, epochs: int) -> Classifier:
     """A classifier with the configuration's backbone, trained on clips."""
     seed_all(seed)
     classifier = Classifier(backbone_of(config), len(CLASSES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,21 @@ def gradients(trainer: Trainer, batch: Batch) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
+def of_both(rows: Windows, numbers: Iterable[int]) -> dict[str, dict[str, torch.Tensor]]:
+    """Gradients on samples, by localizer."""
+    batch = collate([rows[number] for number in numbers])
+    return {
+        name: gradients(Trainer(detector(localizer=name), rows, RECIPE), batch)
+        for name in ("actionformer", "vsgn")
+    }
+
+
 def one_of_two(rank: int, root: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29571", RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rows = samples(Path(root), training=True)
-    batch = collate([rows[number] for number in (2 * rank, 2 * rank + 1)])
-    found = gradients(Trainer(detector(), rows, RECIPE), batch)
+    found = of_both(rows, (2 * rank, 2 * rank + 1))
     made = predict(detector(), samples(Path(root), training=False), CLASSES)
     torch.save((found, made), f"{root}/{rank}.pt")
     dist.barrier()
@@ -54,16 +63,15 @@ def one_of_two(rank: int, root: str) -> None:
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     synthetic.generate(tmp_path, 0, synthetic.Amounts(4, 1, 0), workers=1)
     rows = samples(tmp_path, training=True)
-    wanted = gradients(
-        Trainer(detector(), rows, RECIPE), collate([rows[number] for number in range(4)])
-    )
+    wanted = of_both(rows, range(4))
     expected = predict(detector(), samples(tmp_path, training=False), CLASSES)
     assert len(expected) == 5  # which does not divide by two
     mp.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="spawn")
     for rank in range(2):
         found, made = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        assert found.keys() == wanted.keys()
-        scale = max(float(g.abs().max()) for g in wanted.values())
-        worst = max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
-        assert worst < 1e-5 * max(1.0, scale)
+        for localizer, gradient in wanted.items():
+            assert found[localizer].keys() == gradient.keys()
+            scale = max(float(g.abs().max()) for g in gradient.values())
+            worst = max(float((found[localizer][n] - g).abs().max()) for n, g in gradient.items())
+            assert worst < 1e-5 * max(1.0, scale), localizer
         assert {n: len(p) for n, p in made.items()} == {n: len(p) for n, p in expected.items()}

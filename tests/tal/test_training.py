@@ -47,14 +47,16 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Set:
     return every, opened(every, root / synthetic.VIDEOS)[0]
 
 
-def detector(way: str = "rewired") -> Detector:
+def detector(way: str = "rewired", localizer: str = "actionformer") -> Detector:
     seed_all(0)
     net = MotionNet((8, 16), 2)
     options = {"example_inputs": torch.rand(1, 3, 16, 64, 64)} if way == "rewired" else {}
     backbone = prepared(Backbone(net, normal=CENTRED, pool="max"), way, **options)
-    config = ActionFormerConfig(
-        inputs=16, classes=len(CLASSES), width=16, branches=3, stem=1, window=-1
-    )
+    sizes = {"inputs": 16, "classes": len(CLASSES)}
+    if localizer == "vsgn":
+        shape = VSGNShape(width=64, levels=4, stride=2, neighbours=6, head=2, groups=8, gap=4)
+        return Detector(backbone, VSGN(VSGNConfig(**asdict(shape), **sizes)))
+    config = ActionFormerConfig(**sizes, width=16, branches=3, stem=1, window=-1)
     return Detector(backbone, ActionFormer(config))
 
 
@@ -103,11 +105,7 @@ def test_predictions_cover_every_video_once(videos: Set) -> None:
 @pytest.mark.parametrize("localizer", ["actionformer", "vsgn"])
 def test_a_rewired_detector_overfits_five_videos(videos: Set, localizer: str) -> None:
     recipe = Recipe(epochs=120, warmup=5, batch=5, rate=2e-3, backbone_rate=2e-3, ema=0.9)
-    model = detector()
-    if localizer == "vsgn":
-        shape = VSGNShape(width=64, levels=4, stride=2, neighbours=6, head=2, groups=8, gap=4)
-        model.localizer = VSGN(VSGNConfig(**asdict(shape), inputs=16, classes=len(CLASSES)))
-    trainer = Trainer(model, windows(videos), recipe)
+    trainer = Trainer(detector(localizer=localizer), windows(videos), recipe)
     trainer.run()
     rows = windows(videos, training=False)
     found = predict(trainer.average, rows, CLASSES)

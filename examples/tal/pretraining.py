@@ -18,10 +18,8 @@ from examples.tal.training import schedule
 
 CLASSES = sorted(MOTIONS)
 # What a motion becomes in a mirror; what is left out stays.
-_ACROSS = {"left": "right", "right": "left"}
-_DOWN = {"up": "down", "down": "up"}
-_TURNED = {"left": "up", "up": "left", "right": "down", "down": "right"}
-_REVERSED = {**_ACROSS, **_DOWN, "grow": "shrink", "shrink": "grow"}
+_TURNED = {"across": "upright", "upright": "across"}
+_REVERSED = {"grow": "shrink", "shrink": "grow"}
 
 
 class Classifier(nn.Module):
@@ -65,8 +63,8 @@ def mirrored(frames: Tensor, labels: Tensor, generator: torch.Generator) -> Clip
     """Clips in mirrors of space and time, and in other colours, with the labels of what is seen."""
     frames, labels = frames.clone(), labels.clone()
     mirrors: list[tuple[Callable[[Tensor], Tensor], dict[str, str]]] = [
-        (lambda x: x.flip(-1), _ACROSS),
-        (lambda x: x.flip(-2), _DOWN),
+        (lambda x: x.flip(-1), {}),
+        (lambda x: x.flip(-2), {}),
         (lambda x: x.transpose(-1, -2), _TURNED),
         (lambda x: x.flip(-3), _REVERSED),
     ]

@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from examples.tal.models.losses import balanced_log_loss, generalized_iou_loss
+from examples.tal.models.stitching import Stitching, stitched
 from examples.tal.models.vsgn import (
     VSGN,
-    Stitching,
     VSGNConfig,
     decoded,
     edges,
     matched,
     step_targets,
-    stitched,
 )
 from tests.tal.test_models import filled
 
@@ -100,11 +99,10 @@ def test_losses_by_hand() -> None:
 
 
 def test_short_samples_are_seen_a_second_time_magnified() -> None:
-    config = VSGNConfig(inputs=1, classes=1, short=0.4, gap=3)
     x = torch.arange(1.0, 41).view(2, 1, 20) * torch.tensor([[[1.0]], [[0.0]]])
     x[1, 0, :5] = torch.arange(5.0)
     mask = torch.arange(20) < torch.tensor([[20], [5]])
-    y, stitching = stitched(x, mask, config)
+    y, stitching = stitched(x, mask, short=0.4, gap=3)
     assert torch.equal(y[0], x[0])
     assert y[1, 0, :8].tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
     assert y[1, 0, 8:].tolist() == pytest.approx([n * 4 / 11 for n in range(12)])

@@ -4,7 +4,9 @@ What is seen in one frame (shape, colour, place, background) does not depend on 
 only motion tells it. Backgrounds are of low contrast and nothing else moves as fast as the actor:
 a small network can learn it in minutes.
 
-A second set, of trimmed clips of other motions, is there to pretrain on, as Kinetics would be.
+A second set, of trimmed clips of other motions, is there to pretrain on, as Kinetics would be. It
+teaches the axis of a motion and not its direction, which some actions need: what a pretrained
+network knows is not all that localization asks for.
 """
 
 from __future__ import annotations
@@ -98,7 +100,8 @@ def _zigzag(random: Random, frames: int) -> Pose:
 
 
 def _move(random: Random, frames: int, across: int, down: int) -> Pose:
-    way = random.uniform(1.2, 2.0) * (np.arange(frames) - frames / 2)
+    speed = random.choice([-1, 1]) * random.uniform(1.2, 2.0)
+    way = speed * (np.arange(frames) - frames / 2)
     return still(frames)._replace(place=np.stack([across * way, down * way], 1))
 
 
@@ -122,14 +125,12 @@ ACTIONS: dict[str, Motion] = {
     "zigzag": _zigzag,
 }
 MOTIONS: dict[str, Motion] = {
-    "down": lambda random, frames: _move(random, frames, 0, 1),
+    "across": lambda random, frames: _move(random, frames, 1, 0),
     "grow": lambda random, frames: _resize(random, frames, 1),
-    "left": lambda random, frames: _move(random, frames, -1, 0),
-    "right": lambda random, frames: _move(random, frames, 1, 0),
     "shrink": lambda random, frames: _resize(random, frames, -1),
     "spin": _spin,
     "still": lambda random, frames: still(frames),
-    "up": lambda random, frames: _move(random, frames, 0, -1),
+    "upright": lambda random, frames: _move(random, frames, 0, 1),
 }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from examples.tal.models.layers import wide
 from examples.tal.models.losses import balanced_log_loss, generalized_iou_loss, mean_over_ranks
+from examples.tal.models.stitching import Stitching, doubled, stitched, unstitched
 from examples.tal.nms import Found, by_class, hard_nms
 
 # How offsets of boxes are scaled, and by what factor a box may grow at most.
@@ -82,27 +83,6 @@ class VSGNConfig(VSGNShape):
     classes: int = field(kw_only=True)
 
 
-class Stitching(NamedTuple):
-    """Where samples lie in their sequences.
-
-    Attributes:
-        real: Steps of each sample, [B].
-        stitched: Whether it is there a second time, magnified, [B].
-        steps: Of a sequence.
-        gap: Zeros between both.
-    """
-
-    real: Tensor
-    stitched: Tensor
-    steps: int
-    gap: int
-
-    def second(self, number: int) -> tuple[int, float]:
-        """Where the magnified sample begins, and by what it is magnified."""
-        real = int(self.real[number])
-        return real + self.gap, (self.steps - real - self.gap) / real
-
-
 class Outputs(NamedTuple):
     """What the network says, of all anchors of all scales, the finest first.
 
@@ -166,7 +146,7 @@ class VSGN(nn.Module):
         """
         config, steps = self.config, x.shape[-1]
         self._check(steps)
-        x, stitching = stitched(x * mask[:, None], mask, config)
+        x, stitching = stitched(x * mask[:, None], mask, config.short, config.gap)
         features = self._decoder(self._encoder(x, stitching))
         scores = _rows(map(self.scores, features), 1 + config.classes)
         anchors = self.anchors(steps, x.device)
@@ -241,7 +221,7 @@ class VSGN(nn.Module):
             segments: Of each sample [M, 2], starts and ends in steps.
             labels: Of each sample [M], numbers of classes.
         """
-        spans, kinds = _doubled(out, segments, labels)
+        spans, kinds = doubled(out.stitching, segments, labels)
         config, anchors = self.config, out.anchors.expand_as(out.boxes)
         scores = self._of_scores(out, matched(out.boxes.detach(), spans, kinds, config.boxes)[0])
         boxes = _of_boxes(out.boxes, *matched(anchors, spans, kinds, config.anchors))
@@ -277,7 +257,7 @@ class VSGN(nn.Module):
         scores = shares * (ends[0] * ends[1])[..., None]
         samples = []
         for number in range(len(boxes)):
-            spans = _unstitched(boxes[number], out.stitching, number)
+            spans = unstitched(boxes[number], out.stitching, number)
             place, label = (shares[number] > self.config.least).nonzero(as_tuple=True)
             columns = spans[place].double(), scores[number][place, label].double(), label
             found = Found(*(column.detach().cpu().numpy() for column in columns))
@@ -336,29 +316,6 @@ def edges(nodes: Tensor, neighbours: int, stitching: Stitching) -> Tensor:
     rest = apart.topk(neighbours - half, -1, largest=False).indices
     crossed = torch.cat([near[..., :half], rest], -1)
     return torch.where(stitching.stitched[:, None, None], crossed, near)
-
-
-def stitched(x: Tensor, mask: Tensor, config: VSGNShape) -> tuple[Tensor, Stitching]:
-    """Short samples with themselves, magnified over the rest of the sequence, behind a gap.
-
-    Args:
-        x: [B, C, T], zeros where it is not real.
-        mask: [B, T].
-        config: Says which are short.
-    """
-    steps = x.shape[-1]
-    real = mask.sum(1)
-    short = (real <= config.short * steps) & (real > 0) & (real + config.gap < steps)
-    stitching = Stitching(real, short, steps, config.gap)
-    if not short.any():
-        return x, stitching
-    rows = list(x)
-    for number in short.nonzero().flatten().tolist():
-        sample = x[number, :, : int(real[number])]
-        begin, _ = stitching.second(number)
-        large = F.interpolate(sample[None], steps - begin, mode="linear", align_corners=True)[0]
-        rows[number] = torch.cat([sample, sample.new_zeros(len(sample), config.gap), large], 1)
-    return torch.stack(rows), stitching
 
 
 def decoded(offsets: Tensor, boxes: Tensor) -> Tensor:
@@ -423,30 +380,6 @@ def step_targets(segments: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tens
 def _of_boxes(boxes: Tensor, kinds: Tensor, wanted: Tensor) -> Tensor:
     """The mean generalized-IoU loss of positive boxes."""
     return mean_over_ranks(generalized_iou_loss(wide(boxes), wide(wanted)), kinds > 0)
-
-
-def _doubled(
-    out: Outputs, segments: Sequence[Tensor], labels: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Segments of each sample, those of stitched ones a second time, magnified."""
-    spans, kinds = [], []
-    for number, (own, label) in enumerate(zip(segments, labels, strict=True)):
-        own, label = own.to(out.boxes), label.to(out.boxes.device)
-        if out.stitching.stitched[number]:
-            begin, growth = out.stitching.second(number)
-            own, label = torch.cat([own, own * growth + begin]), torch.cat([label, label])
-        spans.append(own)
-        kinds.append(label)
-    return spans, kinds
-
-
-def _unstitched(boxes: Tensor, stitching: Stitching, number: int) -> Tensor:
-    """Boxes [N, 2] where their sample is; those in the magnified part are put back."""
-    real = stitching.real[number]
-    if stitching.stitched[number]:
-        begin, growth = stitching.second(number)
-        boxes = torch.where(boxes[:, :1] >= real, (boxes - begin) / growth, boxes)
-    return boxes.clamp(torch.zeros_like(real), (real - 1).clamp_min(0))
 
 
 def _at(shares: Tensor, places: Tensor) -> Tensor:

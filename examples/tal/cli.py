@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -135,13 +136,14 @@ def compare_command(
         config = replace(config, data=data)
         _tell_skipped(sets_of(config))
         arms = [replace(arm, epochs=epochs or arm.epochs) for arm in ARMS]
-        found = []
+        found, start = [], time.perf_counter()
         for outcome in compare(config, root / PRETRAINING, seeds, arms, workers):
             found.append(outcome)
             log.print(f"{outcome.arm}, seed {outcome.seed}: {outcome.maps['average']:.3f}")
             if record is not None:
                 append(record, outcome)
         Console().print(outcomes_table(found, [arm.name for arm in arms]))
+        log.print(f"{(time.perf_counter() - start) / 60:.0f} minutes, {workers} processes")
 
 
 @app.command("evaluate")

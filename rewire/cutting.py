@@ -134,6 +134,9 @@ class _Search:
         if count == 1:
             size = f"{saved / 1e6:.1f} MB of activations"
             return Found(UNCUT, (), saved, f"{size} are too few for it to pay")
+        if chunks == "auto" and saved * (count - 1) <= count * (gradients := self._gradients()):
+            size = f"{gradients / 1e6:.1f} MB of its weights' gradients"
+            return Found(UNCUT, (), saved, f"a second {size} would outweigh what it saves")
         axes: list[_Axis] = []
         parts: list[int] = []
         reason = ""
@@ -159,6 +162,11 @@ class _Search:
         """Into how many parts cutting pays."""
         stream = max(1, self._x.numel() * max(4, self._x.element_size()))
         return max(1, min(-(-saved // (_STREAMS * stream)), saved // _LEAST))
+
+    def _gradients(self) -> int:
+        """Bytes of the branch's own gradients, which a part has beside the sum of those before."""
+        own = (registry.tensor for registry in self._branch.holdings.held())
+        return sum(t.numel() * t.element_size() for t in own if t.requires_grad)
 
     def _outermost_first(self) -> list[int]:
         strides = self._x.stride()
@@ -189,13 +197,14 @@ class _Search:
             seen[storage._cdata] = storage.nbytes()
             return tensor.detach()
 
-        held = {
-            registry.tensor.untyped_storage()._cdata for registry in self._branch.holdings.held()
-        }
+        own = [registry.tensor for registry in self._branch.holdings.held()]
+        # What stands for them in the run. The mode makes the same again only while they live.
+        fakes = [t if isinstance(t, FakeTensor) else self._mode.from_tensor(t) for t in own]
         with self._mode, torch.enable_grad():
             x = self._x if self._x.requires_grad else self._x.detach().requires_grad_()
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 self._run(x * 1, self._sides)
+        held = {tensor.untyped_storage()._cdata for tensor in (*own, *fakes)}
         return sum(size for storage, size in seen.items() if storage not in held)
 
     def _shapes(self, x: Tensor, sides: Sequence[Any]) -> list[Seen]:

@@ -387,3 +387,17 @@ def test_estimates_know_of_parts() -> None:
         peaks[chunks] = rewire.profile(net, x).peak_bytes
         assert guess == pytest.approx(peaks[chunks], rel=0.02)
     assert peaks[8] < 0.55 * peaks[1]
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(128, 1), (1024, 6)])
+def test_auto_decides_alike_on_values_and_without(tokens: int, parts: int) -> None:
+    """Weights are no activations; and where their gradients outweigh those, nothing is cut."""
+    net = Norms(2, dim=256)
+    x = torch.randn(2, tokens, 256)
+    rev = rewire.make_reversible(net, x, chunks="auto")
+    found = {part.count for part in rewire.parts(rev, x)}
+    assert found == {parts}, found
+    measured = rewire.profile(rev, x, optimizer=None).peak_bytes
+    assert measured == rewire.estimate(rev, x, optimizer=None).peak_bytes
+    whole = rewire.profile(rewire.make_reversible(net, x), x, optimizer=None).peak_bytes
+    assert (measured < 0.8 * whole) if parts > 1 else (measured == whole)

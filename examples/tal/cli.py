@@ -34,6 +34,11 @@ from examples.tal.data.classification import labelled
 from examples.tal.data.synthetic import ANNOTATIONS, PRETRAINING, VIDEOS, Amounts, generate
 from examples.tal.data.video import VideoError
 from examples.tal.evaluation import Evaluation, average_recall, evaluate
+from examples.tal.memory import FRAMES, SWEPT, WAYS
+from examples.tal.memory import append as append_memory
+from examples.tal.memory import plot as plot_memory
+from examples.tal.memory import run as sweep
+from examples.tal.memory import table as memory_table
 from examples.tal.sets import Sets, sets_of
 from examples.tal.training import LAST, Trainer, predict, seed_all
 
@@ -72,7 +77,7 @@ def prepare(
     if not synthetic:
         raise typer.BadParameter("there is --synthetic alone; real data need no preparing.")
     with one_line_errors():
-        counts = [int(part) for part in videos.split(",")]
+        counts = _numbers("--videos", videos)
         if len(counts) != 3:
             raise ValueError(f"--videos: three numbers with commas, not {videos!r}.")
         generate(root, seed, Amounts(*counts), workers)
@@ -171,6 +176,32 @@ def evaluate_command(
         Console().print(f"average recall of the best proposals of a video: {shown}")
 
 
+@app.command("memory")
+def memory_command(
+    networks: Annotated[str, typer.Option(help="Backbones, with commas.")] = ",".join(SWEPT),
+    frames: Annotated[str, typer.Option(help="With commas.")] = ",".join(map(str, FRAMES)),
+    ways: Annotated[str, typer.Option(help="To train, with commas.")] = ",".join(WAYS),
+    device: DeviceName = "cpu",
+    measured_to: Annotated[
+        int | None,
+        typer.Option(help="Most frames that are measured too; all on a GPU, none on the CPU."),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Append rows to this CSV.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them: .png, .svg, .pdf.")] = None,
+) -> None:
+    """Memory of a training step against frames: estimated, and measured where it fits."""
+    with one_line_errors():
+        rows, lengths = [], _numbers("--frames", frames)
+        for row in sweep(networks.split(","), lengths, ways.split(","), device, measured_to=measured_to):
+            rows.append(row)
+            log.print(f"{row.network}, {row.way}, {row.frames} frames: {row.kind}")
+            if to is not None:
+                append_memory(to, row)
+        Console().print(memory_table(rows))
+        if plot is not None:
+            plot_memory(rows, plot)
+
+
 @app.command()
 def timeline(
     ground_truth: Annotated[Path, typer.Option(help="Annotations, a JSON file.")],
@@ -187,6 +218,13 @@ def timeline(
         from examples.tal.timeline import draw_timeline  # matplotlib is slow to import
 
         draw_timeline(to, videos[video], read_predictions(predictions).get(video, []), least)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option}: whole numbers with commas, not {text!r}.") from error
 
 
 def _limits(text: str) -> list[float]:

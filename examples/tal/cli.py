@@ -192,7 +192,9 @@ def memory_command(
     """Memory of a training step against frames: estimated, and measured where it fits."""
     with one_line_errors():
         rows, lengths = [], _numbers("--frames", frames)
-        for row in sweep(networks.split(","), lengths, ways.split(","), device, measured_to=measured_to):
+        for row in sweep(
+            networks.split(","), lengths, ways.split(","), device, measured_to=measured_to
+        ):
             rows.append(row)
             log.print(f"{row.network}, {row.way}, {row.frames} frames: {row.kind}")
             if to is not None:

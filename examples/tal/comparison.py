@@ -62,13 +62,13 @@ class Arm:
 # What is trained alone goes on for longer: a step of it costs less. Adapters learn faster than the
 # localizer, as in the recipes of their papers, and a pretrained backbone slower.
 ARMS = (
-    Arm("features once, then the localizer", "features", epochs=60),
-    Arm("LoSA beside the frozen backbone", "losa", epochs=60, rate=2.0),
-    Arm("end to end, plain", "plain"),
-    Arm("end to end, checkpointed", "checkpointed"),
-    Arm("end to end, rewired (re2)", "rewired"),
-    Arm("end to end, rewired (re2), finetuned first", "rewired", finetuned=4),
-    Arm("end to end, rewired (consistent(1/8))", "rewired", "consistent(1/8)"),
+    Arm("features", "features", epochs=60),
+    Arm("LoSA", "losa", epochs=60, rate=2.0),
+    Arm("plain", "plain"),
+    Arm("checkpointed", "checkpointed"),
+    Arm("re2 at once", "rewired"),
+    Arm("re2, finetuned first", "rewired", finetuned=4),
+    Arm("consistent(1/8)", "rewired", "consistent(1/8)"),
 )
 
 
@@ -247,12 +247,12 @@ def outcomes_table(found: Sequence[Outcome], names: Sequence[str]) -> Table:
     """Means and ranges over seeds, a line for each arm."""
     columns: dict[str, Callable[[Outcome], float]] = {
         "mAP": lambda row: 100 * row.maps["average"],
-        "mAP .5–.95": lambda row: 100 * row.maps["average .5–.95"],
+        ".5–.95": lambda row: 100 * row.maps["average .5–.95"],
         "clips": lambda row: 100 * row.accuracy,
-        "peak MiB": lambda row: row.peak_mib,
-        "ms a step": lambda row: row.step_ms,
+        "MiB": lambda row: row.peak_mib,
+        "ms": lambda row: row.step_ms,
     }
-    table = Table("", *columns)
+    table = Table("", *columns, padding=(0, 0), title="means over seeds, and ranges")
     for name in names:
         rows = [outcome for outcome in found if outcome.arm == name]
         table.add_row(name, *(_spread([of(row) for row in rows]) for of in columns.values()))
@@ -263,4 +263,4 @@ def _spread(values: Sequence[float]) -> str:
     if not values:
         return ""
     middle = f"{statistics.mean(values):.1f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.1f}–{max(values):.1f})"
+    return middle if len(values) == 1 else f"{middle} {min(values):.0f}–{max(values):.0f}"

@@ -157,8 +157,8 @@ def test_every_way_of_the_comparison_runs(videos: Set) -> None:
         if not arm.finetuned
     ]
     peaks = {row.arm: row.peak_mib for row in found}
-    plain = peaks["end to end, plain"]
-    assert peaks["features once, then the localizer"] < 0.2 * plain
-    assert peaks["end to end, rewired (re2)"] < 0.8 * plain
+    plain = peaks["plain"]
+    assert peaks["features"] < 0.2 * plain
+    assert peaks["re2 at once"] < 0.8 * plain
     assert {row.accuracy for row in found} <= {n / 8 for n in range(9)}
     assert outcomes_table(found, [row.arm for row in found]).row_count == len(found)

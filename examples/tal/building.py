@@ -30,12 +30,17 @@ def detector_of(config: Config, classes: int) -> Detector:
     if given.way == "losa":
         taps = Taps(backbone, config.losa, torch.zeros(1, 3, _FEW, size, size))
         return Detector(taps, localizer, LoSA(taps.channels, config.losa))
-    options = dict(given.options)
-    if given.way == "rewired":
+    return Detector(ready(config, backbone), localizer)
+
+
+def ready(config: Config, backbone: Backbone) -> Backbone:
+    """A backbone ready to be trained in the configuration's way."""
+    options, sampling, size = dict(config.backbone.options), config.data.sampling, config.data.size
+    if config.backbone.way == "rewired":
         # Without values: rewiring looks at shapes, and a window of real frames may not fit.
-        frames = config.data.sampling.steps * config.data.sampling.per_step
+        frames = sampling.steps * sampling.per_step
         options["example_inputs"] = torch.empty(1, 3, frames, size, size, device="meta")
-    return Detector(prepared(backbone, given.way, **options), localizer)
+    return prepared(backbone, config.backbone.way, **options)
 
 
 def backbone_of(config: Config) -> Backbone:

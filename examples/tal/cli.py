@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from examples.tal.building import detector_of
-from examples.tal.comparison import ARMS, append, compare, outcomes_table
+from examples.tal.building import detector_of, ready
+from examples.tal.comparison import ARMS, append, compare, outcomes_table, pretrained
 from examples.tal.config import Config, ConfigError, read_config
 from examples.tal.data.annotations import (
     FileFormError,
@@ -34,11 +34,13 @@ from examples.tal.data.classification import labelled
 from examples.tal.data.synthetic import ANNOTATIONS, PRETRAINING, VIDEOS, Amounts, generate
 from examples.tal.data.video import VideoError
 from examples.tal.evaluation import Evaluation, average_recall, evaluate
+from examples.tal.files import written_whole
 from examples.tal.memory import FRAMES, SWEPT, WAYS
 from examples.tal.memory import append as append_memory
 from examples.tal.memory import plot as plot_memory
 from examples.tal.memory import run as sweep
 from examples.tal.memory import table as memory_table
+from examples.tal.pretraining import accuracy, clips, finetune
 from examples.tal.sets import Sets, sets_of
 from examples.tal.training import LAST, Trainer, predict, seed_all
 
@@ -82,6 +84,29 @@ def prepare(
             raise ValueError(f"--videos: three numbers with commas, not {videos!r}.")
         generate(root, seed, Amounts(*counts), workers)
     log.print(f"wrote {counts[0] + counts[1]} videos and {counts[2]} clips to {root}")
+
+
+@app.command("pretrain")
+def pretrain_command(
+    config: ConfigFile,
+    root: Annotated[Path, typer.Argument(help="Folder of prepare --synthetic.")],
+    to: Annotated[Path, typer.Option(help="File of the weights.")],
+    epochs: Annotated[int, typer.Option(help="Before it is rewired.", min=0)] = 8,
+    finetuned: Annotated[int, typer.Option(help="Behind that, if it is.", min=0)] = 4,
+) -> None:
+    """Pretrain a configuration's backbone on clips; rewire and finetune it, if it is rewired."""
+    with one_line_errors():
+        given = read_config(config)
+        data, test = (clips(root / PRETRAINING, name) for name in ("training", "validation"))
+        classifier = pretrained(given, data, given.recipe.seed, epochs)
+        log.print(f"{accuracy(classifier, test):.3f} of the clips after {epochs} epochs")
+        if given.backbone.way == "rewired":
+            ready(given, classifier.backbone)
+            log.print(f"{accuracy(classifier, test):.3f} rewired")
+            finetune(classifier, data, finetuned, given.recipe.seed)
+            log.print(f"{accuracy(classifier, test):.3f} after {finetuned} more")
+        with written_whole(to) as beside:
+            torch.save(classifier.state_dict(), beside)
 
 
 @app.command()

@@ -31,7 +31,7 @@ from examples.tal.files import append_row, written_whole
 from examples.tal.models.backbones import Backbone, prepared
 from examples.tal.models.detector import Detector
 from examples.tal.models.losa import LoSA, Taps
-from examples.tal.pretraining import CLASSES, Classifier, Clips, accuracy, clips, pretrain
+from examples.tal.pretraining import CLASSES, Classifier, Clips, accuracy, clips, finetune, pretrain
 from examples.tal.sets import Sets, sets_of
 from examples.tal.training import Trainer, predict, seed_all
 
@@ -129,9 +129,8 @@ def _one(config: Config, motions: Path, arm: Arm, seed: int) -> Outcome:
     """One arm with one seed, in a process of its own: the same backbone for all arms of a seed."""
     torch.set_num_threads(1)
     train, test = clips(motions, "training"), clips(motions, "validation")
-    classifier = Classifier(backbone_of(config), len(CLASSES))
-    state = torch.load(_kept(config, motions, seed), weights_only=True)
-    classifier.load_state_dict(state)
+    classifier = pretrained(config, train, seed, 0)
+    classifier.load_state_dict(torch.load(_kept(config, motions, seed), weights_only=True))
     return run(arm, config, sets_of(config), (train, test), classifier, seed)
 
 
@@ -147,9 +146,10 @@ def _kept(config: Config, motions: Path, seed: int) -> Path:
 
 
 def pretrained(config: Config, clips: Clips, seed: int, epochs: int) -> Classifier:
-    """A classifier with the configuration's backbone, trained on clips."""
+    """A classifier with the configuration's backbone, new, trained on clips."""
     seed_all(seed)
-    classifier = Classifier(backbone_of(config), len(CLASSES))
+    new = replace(config, backbone=replace(config.backbone, weights=""))
+    classifier = Classifier(backbone_of(new), len(CLASSES))
     pretrain(classifier, clips, epochs=epochs, seed=seed)
     return classifier
 
@@ -178,8 +178,7 @@ def run(
     if arm.way == "rewired":
         example = collate([sets.training[0]]).frames.float() / 255
         backbone.net = rewire.make_reversible(backbone.net, example, coupling=arm.coupling)
-        if arm.finetuned:
-            pretrain(classifier, motions[0], epochs=arm.finetuned, rate=5e-4, seed=seed)
+        finetune(classifier, motions[0], arm.finetuned, seed)
     told = accuracy(classifier, motions[1])
     rate = arm.rate * config.recipe.rate
     recipe = replace(config.recipe, seed=seed, epochs=arm.epochs, backbone_rate=rate)

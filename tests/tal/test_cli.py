@@ -27,7 +27,7 @@ data:
   videos: {root}/videos
   sampling: {{steps: 48, per_step: 2, stride: 1}}
   size: 64
-backbone: {{name: motionnet, way: rewired, pool: max, normal: centred}}
+backbone: {{name: motionnet, way: rewired, pool: max, normal: centred, weights: "{weights}"}}
 localizer: {{width: 16, stem: 1, branches: 2, window: -1}}
 recipe: {{epochs: {epochs}, warmup: 1, batch: 2}}
 """
@@ -64,10 +64,13 @@ def test_evaluate_prints_json_and_nothing_else(tmp_path: Path) -> None:
 
 def test_prepare_train_go_on_predict(tmp_path: Path) -> None:
     root, out, config = tmp_path / "data", tmp_path / "out", tmp_path / "c.yaml"
-    run("prepare", root, "--synthetic", "--videos", "3,2,0", "--workers", 1)
+    run("prepare", root, "--synthetic", "--videos", "3,2,12", "--workers", 1)
+    weights = tmp_path / "weights.pt"
+    config.write_text(TINY.format(root=root, epochs=1, weights=""))
+    run("pretrain", config, root, "--to", weights, "--epochs", 1, "--finetuned", 1)
     (root / "videos" / "video_0001.mp4").write_bytes(b"no video")
     for epochs in (1, 2):
-        config.write_text(TINY.format(root=root, epochs=epochs))
+        config.write_text(TINY.format(root=root, epochs=epochs, weights=weights))
         result = CliRunner().invoke(app, ["train", str(config), "--out", str(out)])
         assert result.exit_code == 0, result.output
         assert "video_0001: " in result.stderr
@@ -118,7 +121,7 @@ def test_configurations_are_read_and_bad_ones_say_where() -> None:
 def test_other_ways_and_localizers_train(backbone: str, localizer: str, tmp_path: Path) -> None:
     root, config = tmp_path / "data", tmp_path / "c.yaml"
     run("prepare", root, "--synthetic", "--videos", "2,1,0", "--workers", 1)
-    text = TINY.format(root=root, epochs=1).splitlines()[:5]
+    text = TINY.format(root=root, epochs=1, weights="").splitlines()[:5]
     rest = [f"backbone: {backbone}", f"localizer: {localizer}", "losa: {every: 2, width: 16}"]
     config.write_text("\n".join([*text, *rest, "recipe: {epochs: 1, batch: 2}"]))
     assert "mAP" in run("train", config, "--out", tmp_path / "out")

@@ -83,6 +83,15 @@ def test_points_belong_to_the_shortest_segment_in_whose_middle_they_are() -> Non
     assert not targets(points, torch.zeros(0, 2), torch.zeros(0, dtype=torch.long), 3)[0].any()
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_boundaries_can_be_learned_from_the_start(seed: int) -> None:
+    """Both sides of most points are above zero, where their ReLU has a gradient."""
+    torch.manual_seed(seed)
+    model = ActionFormer(ActionFormerConfig(inputs=6, classes=3, width=16, branches=2)).eval()
+    out = model(torch.randn(2, 6, 32), torch.ones(2, 32, dtype=torch.bool))
+    assert bool(((out.reach > 0).float().mean((0, 1)) > 0.5).all())
+
+
 def test_distance_iou_by_hand() -> None:
     loss = distance_iou_loss(torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 2.0]]))
     assert float(loss) == pytest.approx(1 - 3 / 5 + (1 / 5) ** 2)

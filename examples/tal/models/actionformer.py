@@ -143,6 +143,8 @@ class ActionFormer(nn.Module):
         self.reach = _Head(width, 2)
         self.scales = nn.Parameter(torch.ones(config.levels))
         nn.init.constant_(self.scores.last.bias, -math.log(99))  # a share of 1 in 100 at first
+        # A stride to both sides at first: where a side begins below zero it would never learn.
+        nn.init.ones_(self.reach.last.bias)
         self.register_buffer("normalizer", torch.tensor(config.normalizer))
 
     def forward(self, x: Tensor, mask: Tensor) -> Outputs:

@@ -16,14 +16,16 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+from torch import nn
 
+import rewire
 from examples.tal.building import detector_of, ready
 from examples.tal.comparison import ARMS, append, compare, outcomes_table, pretrained
-from examples.tal.config import Config, ConfigError, read_config
+from examples.tal.config import Config, read_config
 from examples.tal.data.annotations import (
-    FileFormError,
     Prediction,
     of_subset,
     read_annotations,
@@ -33,6 +35,7 @@ from examples.tal.data.annotations import (
 from examples.tal.data.classification import labelled
 from examples.tal.data.synthetic import ANNOTATIONS, PRETRAINING, VIDEOS, Amounts, generate
 from examples.tal.data.video import VideoError
+from examples.tal.distribution import rank, ranks
 from examples.tal.evaluation import Evaluation, average_recall, evaluate
 from examples.tal.files import written_whole
 from examples.tal.memory import FRAMES, SWEPT, WAYS
@@ -40,9 +43,10 @@ from examples.tal.memory import append as append_memory
 from examples.tal.memory import plot as plot_memory
 from examples.tal.memory import run as sweep
 from examples.tal.memory import table as memory_table
+from examples.tal.prediction import predict
 from examples.tal.pretraining import accuracy, clips, finetune
 from examples.tal.sets import Sets, sets_of
-from examples.tal.training import LAST, Trainer, predict, seed_all
+from examples.tal.training import LAST, Trainer, averaged, seed_all
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 log = Console(stderr=True, highlight=False)
@@ -60,8 +64,8 @@ def one_line_errors() -> Iterator[None]:
     """Bad input is one line on stderr, and no traceback."""
     try:
         yield
-    except (ConfigError, FileFormError, VideoError, ValueError) as error:
-        log.print(f"[red]{error}[/red]")
+    except (rewire.RewireError, VideoError, ValueError) as error:
+        log.print(f"[red]{escape(str(error))}[/red]")
         raise typer.Exit(1) from error
 
 
@@ -122,10 +126,12 @@ def train(
         trainer, sets = _opened(given, place, out)
         if resume and trainer.resume():
             log.print(f"going on after epoch {trainer.epoch}")
-        with Progress(console=log, transient=True, disable=not log.is_terminal) as bar:
+        with Progress(
+            console=log, transient=True, disable=not log.is_terminal or rank() > 0
+        ) as bar:
             trainer.run(_told, partial(bar.track, description="training"))
-        found = _predicted(given, trainer, sets)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        found = _predicted(given, trainer.average, sets)
+        if rank() == 0:
             write_predictions(out / "predictions.json", found, VERSION)
             result = evaluate(sets.testing.videos, found, given.thresholds)
             Console().print(_table(result))
@@ -141,11 +147,17 @@ def predict_command(
     """Write predictions of a trained detector for the configuration's validation subset."""
     with one_line_errors(), _processes(device) as place:
         given = read_config(config)
-        trainer, sets = _opened(given, place, out)
-        if not trainer.resume():
+        if not (out / LAST).exists():
             raise ValueError(f"{out / LAST}: there is no training. Run train first.")
-        found = _predicted(given, trainer, sets)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        sets = sets_of(given, testing_only=True)
+        _tell_skipped(sets)
+        bare = replace(given, backbone=replace(given.backbone, weights=""))
+        average = averaged(detector_of(bare, len(sets.classes)).to(place))
+        average.load_state_dict(
+            torch.load(out / LAST, map_location=place, weights_only=True)["average"]
+        )
+        found = _predicted(given, average, sets)
+        if rank() == 0:
             write_predictions(to, found, VERSION)
 
 
@@ -155,7 +167,7 @@ def compare_command(
     seeds: Annotated[int, typer.Option(help="How many.", min=1)] = 3,
     record: Annotated[Path | None, typer.Option(help="Append rows to this CSV.")] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="For all ways, instead of their own schedules.")
+        int | None, typer.Option(help="For all ways, instead of their own schedules.", min=1)
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
 ) -> None:
@@ -273,21 +285,25 @@ def _opened(config: Config, place: torch.device, out: Path) -> tuple[Trainer, Se
     return Trainer(detector, sets.training, config.recipe, out), sets
 
 
-def _predicted(config: Config, trainer: Trainer, sets: Sets) -> dict[str, list[Prediction]]:
-    """Predictions of the averaged weights."""
-    rest = {"amp": config.recipe.amp}
-    found = predict(trainer.average, sets.testing, sets.classes, config.suppression, **rest)
+def _predicted(config: Config, average: nn.Module, sets: Sets) -> dict[str, list[Prediction]]:
+    """Predictions of averaged weights."""
+    recipe = config.recipe
+    batch = max(1, recipe.batch // ranks())
+    rest = {"batch": batch, "amp": recipe.amp, "workers": recipe.workers}
+    found = predict(average, sets.testing, sets.classes, config.suppression, **rest)
     return labelled(found, sets.scores, config.data.top) if sets.scores else found
 
 
 def _tell_skipped(sets: Sets) -> None:
-    if sets.skipped:
+    if sets.skipped and rank() == 0:
         log.print(f"[yellow]{len(sets.skipped)} videos are skipped:[/yellow]")
-    for row in sets.skipped:
-        log.print(f"  {row.name}: {row.reason}")
+        for row in sets.skipped:
+            log.print(f"  {row.name}: {row.reason}", markup=False)
 
 
 def _told(epoch: int, means: Mapping[str, float]) -> None:
+    if rank():
+        return
     shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
     log.print(f"epoch {epoch}  {shown}")
 

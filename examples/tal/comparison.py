@@ -7,6 +7,7 @@ the end of it, with its averaged weights.
 from __future__ import annotations
 
 import copy
+import hashlib
 import multiprocessing
 import statistics
 import time
@@ -25,15 +26,17 @@ from examples.tal.building import backbone_of, localizer_of
 from examples.tal.config import Config
 from examples.tal.data.annotations import Prediction, Video
 from examples.tal.data.loading import Windows, collate
+from examples.tal.data.synthetic import ANNOTATIONS
 from examples.tal.evaluation import ACTIVITYNET_THRESHOLDS, evaluate
 from examples.tal.features import Features
 from examples.tal.files import append_row, written_whole
 from examples.tal.models.backbones import Backbone, prepared
 from examples.tal.models.detector import Detector
 from examples.tal.models.losa import LoSA, Taps
+from examples.tal.prediction import predict
 from examples.tal.pretraining import CLASSES, Classifier, Clips, accuracy, clips, finetune, pretrain
 from examples.tal.sets import Sets, sets_of
-from examples.tal.training import Trainer, predict, seed_all
+from examples.tal.training import Trainer, seed_all
 
 _PRETRAINED = 8  # epochs on clips, the same for all ways
 
@@ -131,12 +134,15 @@ def _one(config: Config, motions: Path, arm: Arm, seed: int) -> Outcome:
     train, test = clips(motions, "training"), clips(motions, "validation")
     classifier = pretrained(config, train, seed, 0)
     classifier.load_state_dict(torch.load(_kept(config, motions, seed), weights_only=True))
-    return run(arm, config, sets_of(config), (train, test), classifier, seed)
+    own = replace(config, recipe=replace(config.recipe, seed=seed))
+    return run(arm, own, sets_of(own), (train, test), classifier, seed)
 
 
 def _kept(config: Config, motions: Path, seed: int) -> Path:
     """The pretrained classifier of a seed: a file beside the clips, made where there is none."""
-    path = motions / f"{config.backbone.name}_{_PRETRAINED}_epochs_seed_{seed}.pt"
+    made_of = (motions / ANNOTATIONS).read_bytes() + repr(config.backbone).encode()
+    mark = hashlib.sha256(made_of).hexdigest()[:8]
+    path = motions / f"{config.backbone.name}_{_PRETRAINED}_epochs_seed_{seed}_{mark}.pt"
     if not path.exists():
         torch.set_num_threads(1)
         classifier = pretrained(config, clips(motions, "training"), seed, _PRETRAINED)

@@ -58,6 +58,10 @@ class DataConfig:
     classifier: str = ""
     top: int = 2
 
+    def __post_init__(self) -> None:
+        if 0 < self.short < self.size:
+            raise ValueError(f"short: {self.short} pixels are fewer than size: {self.size}.")
+
 
 @dataclass(frozen=True)
 class BackboneConfig:
@@ -102,6 +106,12 @@ class Config:
     suppression: Suppression = field(default_factory=Suppression)
     thresholds: tuple[float, ...] = THUMOS_THRESHOLDS
 
+    def __post_init__(self) -> None:
+        if self.data.keep and self.recipe.workers:
+            raise ValueError("data: keep keeps videos in one process; recipe: workers must be 0.")
+        if self.backbone.options and self.backbone.way != "rewired":
+            raise ValueError(f"backbone: way {self.backbone.way!r} takes no options.")
+
 
 def read_config(path: Path) -> Config:
     """A configuration; relative paths in it begin where the command runs.
@@ -135,7 +145,10 @@ def built(kind: type[Made], content: Any, where: str) -> Made:
     needed = {n for n, f in fields.items() if f.default is none and f.default_factory is none}
     if missing := needed - values.keys():
         raise ConfigError(f"{where}: needs {', '.join(sorted(missing))}.")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:

@@ -15,8 +15,11 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A path beside one, to write to; it takes the other's place when that has gone well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    yield beside
-    beside.replace(path)
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

@@ -87,7 +87,7 @@ class Row:
 # ---- networks --------------------------------------------------------------------------------
 
 
-def ready(network: str, way: str, size: int = 224, *, values: bool = True) -> Backbone:
+def backbone_for(network: str, way: str, size: int = 224, *, values: bool = True) -> Backbone:
     """A backbone made ready to be trained in a way, in train mode, with norms frozen, on the CPU.
 
     Args:
@@ -121,7 +121,7 @@ def estimate(backbone: Backbone, frames: int, size: int, device: str = "cpu") ->
     """Estimate a step; nothing is computed, and no GPU is needed.
 
     Args:
-        backbone: Of `ready`, with or without values.
+        backbone: Of `backbone_for`, with or without values.
         frames: T.
         size: Height and width, in pixels.
         device: "cpu" or "cuda".
@@ -134,7 +134,7 @@ def measure(backbone: Backbone, frames: int, size: int) -> rewire.Profile | None
     """Measure a step where the backbone is; None: memory ran out.
 
     Args:
-        backbone: Of `ready`, with values.
+        backbone: Of `backbone_for`, with values.
         frames: T.
         size: Height and width, in pixels.
     """
@@ -199,14 +199,14 @@ def _rows(
     size: int,
     fits: Callable[[int, rewire.Profile], bool],
 ) -> Iterator[Row]:
-    bare, backbone = ready(network, way, size, values=False), None
+    bare, backbone = backbone_for(network, way, size, values=False), None
     for number in frames:
         case = network, way, number, size
         guess = estimate(bare, number, size, device)
         yield Row(*case, "estimated", device, *_sizes(guess))
         if not fits(number, guess):
             continue
-        backbone = backbone or ready(network, way, size).to(device)
+        backbone = backbone or backbone_for(network, way, size).to(device)
         found = measure(backbone, number, size)
         if found is None:
             yield Row(*case, "measured", device, None)

@@ -37,18 +37,25 @@ class Sets(NamedTuple):
     scores: VideoScores | None
 
 
-def sets_of(config: Config) -> Sets:
+def sets_of(config: Config, *, testing_only: bool = False) -> Sets:
     """The sets of a configuration.
 
+    Args:
+        config: Says where they are.
+        testing_only: No file of the training videos is opened; the set of them is that to test on.
+
     Raises:
-        FileFormError: Annotations cannot be read, or no video of a set can.
+        FileFormError: Annotations cannot be read, no video of a set can, or one has no scores.
     """
     data = config.data
     every = read_annotations(Path(data.annotations))
     parts = [of_subset(every, name) for name in (data.training, data.validation)]
     scores = read_scores(Path(data.classifier)) if data.classifier else None
     classes = [ACTION] if scores else classes_of(video for part in parts for video in part)
-    files, skipped = opened([video for part in parts for video in part], Path(data.videos))
+    if scores is not None:
+        scores.check(video.name for video in parts[1])
+    used = parts[1:] if testing_only else parts
+    files, skipped = opened([video for part in used for video in part], Path(data.videos))
 
     def windows(videos: Sequence[Video], short: int, **options: Any) -> Windows:
         rest = {"seed": config.recipe.seed, "keep": data.keep, "single": scores is not None}
@@ -57,7 +64,9 @@ def sets_of(config: Config) -> Sets:
             raise FileFormError(f"{data.videos}: none of {len(videos)} videos can be read.")
         return found
 
+    testing = windows(parts[1], data.size, training=False, transform=middle(data.size))
+    if testing_only:
+        return Sets(testing, testing, classes, skipped, scores)
     augment = augmented(data.augmentation, data.size)
     training = windows(parts[0], data.short or data.size, training=True, transform=augment)
-    testing = windows(parts[1], data.size, training=False, transform=middle(data.size))
     return Sets(training, testing, classes, skipped, scores)

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from examples.tal.data.annotations import Prediction
 from examples.tal.data.loading import Batch, Windows, collate
-from examples.tal.data.windows import Window
+from examples.tal.distribution import mean_of_ranks, rank, ranks
 from examples.tal.files import append_row, written_whole
 from examples.tal.models.backbones import freeze_norms
-from examples.tal.models.detector import Detector, Suppression, predictions
-from examples.tal.models.losses import ranks
-from examples.tal.nms import Found
+from examples.tal.models.detector import Detector, autocast
 
 LAST = "last.pt"
 _LOG = "log.csv"
@@ -47,6 +42,7 @@ class Recipe:
         ema: Share of the averaged weights that a step keeps, at most (see `averaging`); those are
             what is evaluated.
         freeze_norms: Norms of the backbone neither learn nor follow their statistics.
+        horizon: Epoch at which the cosine would end; 0: the last. Re2TAL's is far behind it.
         amp: "bfloat16" or "float16" for autocast; empty: none.
         seed: Of weights made new, of the order of samples, and of all that is drawn.
         workers: Processes that load samples.
@@ -61,15 +57,20 @@ class Recipe:
     clip: float = 1.0
     ema: float = 0.999
     freeze_norms: bool = True
+    horizon: int = 0
     amp: str = ""
     seed: int = 0
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        if self.amp not in ("", "bfloat16", "float16"):
+            raise ValueError(f"amp is bfloat16 or float16, or empty; not {self.amp!r}.")
+
 
 def seed_all(seed: int) -> None:
-    """Seed Python, NumPy and torch."""
+    """Seed Python, NumPy and torch; NumPy takes 32 bits."""
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -94,7 +95,7 @@ class Trainer:
         self._train_mode()  # before anybody asks what learns
         self.optimizer = torch.optim.AdamW(groups(detector, recipe))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.average = AveragedModel(detector, multi_avg_fn=averaging(recipe.ema), use_buffers=True)
+        self.average = averaged(detector, recipe.ema)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "float16")
         self._model: nn.Module = detector
         if ranks() > 1:
@@ -116,27 +117,34 @@ class Trainer:
             watched: Passes the batches of an epoch on, to show how far it is.
             until: Stop after this epoch already.
         """
-        while self.epoch < min(self.recipe.epochs, until or self.recipe.epochs):
+        last = self.recipe.epochs if until is None else min(until, self.recipe.epochs)
+        while self.epoch < last:
             means = self._one_epoch(watched)
             self.epoch += 1
-            if self.folder is not None and _is_first():
-                rate = self.optimizer.param_groups[0]["lr"]
-                append_row(self.folder / _LOG, {"epoch": self.epoch, "rate": rate, **means})
-                self.save(self.folder / LAST)
+            if self.folder is not None and rank() == 0:
+                self._keep(self.folder, means)
             if told is not None:
                 told(self.epoch, means)
+
+    def _keep(self, folder: Path, means: Mapping[str, float]) -> None:
+        """Write the state, and a row of the log."""
+        self.save(folder / LAST)
+        if self.epoch == 1:  # another training's
+            (folder / _LOG).unlink(missing_ok=True)
+        rate = self.recipe.rate * self._share(self.epoch - 1)
+        append_row(folder / _LOG, {"epoch": self.epoch, "rate": rate, **means})
 
     def _one_epoch(self, watched: Callable[[Iterable[Batch]], Iterable[Batch]]) -> dict[str, float]:
         self.samples.epoch = self.epoch
         loader = self._loader()
-        seed_all(self.recipe.seed * 1_000_003 + self.epoch * 1009 + _rank())
+        seed_all(self.recipe.seed * 1_000_003 + self.epoch * 1009 + rank())
         self._train_mode()
         sums: dict[str, float] = {}
         for number, batch in enumerate(watched(loader)):
             self._set_rate(self.epoch + number / len(loader))
             for name, value in self.step(batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(loader)
-        return sums
+        return {name: mean_of_ranks(value, self.device) for name, value in sums.items()}
 
     def _train_mode(self) -> None:
         self.detector.train()
@@ -168,7 +176,7 @@ class Trainer:
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One step; gives the losses."""
         self.optimizer.zero_grad(set_to_none=True)
-        with _autocast(self.device, self.recipe.amp):
+        with autocast(self.device, self.recipe.amp):
             out = self._model(batch.frames.to(self.device), batch.mask.to(self.device))
         losses = self.detector.localizer.loss(out, batch.segments, batch.labels)
         self.scaler.scale(losses.total).backward()
@@ -180,9 +188,11 @@ class Trainer:
         return {**losses._asdict(), "norm": norm}
 
     def _set_rate(self, epoch: float) -> None:
-        share = schedule(epoch, self.recipe.warmup, self.recipe.epochs)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * share
+            group["lr"] = rate * self._share(epoch)
+
+    def _share(self, epoch: float) -> float:
+        return schedule(epoch, self.recipe.warmup, self.recipe.horizon or self.recipe.epochs)
 
     # ---- state ------------------------------------------------------------------------------
 
@@ -204,16 +214,28 @@ class Trainer:
         return True
 
 
+def averaged(detector: Detector, ema: float = 0.0) -> AveragedModel:
+    """A detector of moving averages, which is what is tested; what does not learn is shared."""
+    average = AveragedModel(detector, multi_avg_fn=averaging(ema), use_buffers=True)
+    for mean, own in zip(average.module.parameters(), detector.parameters(), strict=True):
+        if not own.requires_grad:
+            mean.data = own.data
+    return average
+
+
 def averaging(ema: float) -> Callable[[Any, Any, Any], None]:
     """Moving averages for `AveragedModel` that forget faster at first.
 
     After n steps they keep (1 + n) / (10 + n) of a step, and no more than `ema`: short trainings
-    are not averaged with their beginnings.
+    are not averaged with their beginnings. Whole numbers, as of tables of positions, are copied.
     """
 
-    def average(averaged: Any, current: Any, steps: Any) -> None:
+    def average(means: Any, current: Any, steps: Any) -> None:
         keep = min(ema, (1 + float(steps)) / (10 + float(steps)))
-        get_ema_multi_avg_fn(keep)(averaged, current, steps)  # type: ignore[no-untyped-call]
+        if means[0].is_floating_point():
+            get_ema_multi_avg_fn(keep)(means, current, steps)  # type: ignore[no-untyped-call]
+        else:
+            torch._foreach_copy_(means, current)
 
     return average
 
@@ -238,74 +260,3 @@ def groups(detector: Detector, recipe: Recipe) -> list[dict[str, Any]]:
     return [
         {"params": rows, "lr": rate, "weight_decay": decay} for (rate, decay), rows in found.items()
     ]
-
-
-# ---- evaluation -----------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def predict(
-    detector: nn.Module,
-    samples: Windows,
-    classes: Sequence[str],
-    suppression: Suppression | None = None,
-    *,
-    batch: int = 4,
-    amp: str = "",
-) -> dict[str, list[Prediction]]:
-    """Predictions for all videos of a set; with several processes each takes its share of them.
-
-    Args:
-        detector: An `AveragedModel` of one, too.
-        samples: Windows to test on.
-        classes: Names.
-        suppression: How segments are thinned out.
-        batch: Windows at once.
-        amp: As of `Recipe`.
-    """
-    own = getattr(detector, "module", detector)
-    device = next(own.parameters()).device
-    training = detector.training
-    detector.eval()
-    found: dict[str, list[tuple[Window, Found]]] = {}
-    for part in _own_batches(samples, batch):
-        with _autocast(device, amp):
-            out = detector(part.frames.to(device), part.mask.to(device))
-        for window, rows in zip(part.windows, own.localizer.decode(out), strict=True):
-            found.setdefault(window.video.name, []).append((window, rows))
-    detector.train(training)
-    made = {
-        name: predictions(*zip(*rows, strict=True), classes, suppression or Suppression())  # type: ignore[arg-type]
-        for name, rows in found.items()
-    }
-    return _gathered(made)
-
-
-def _own_batches(samples: Windows, batch: int) -> Iterator[Batch]:
-    """The windows of this process's videos: all windows of a video are one process's."""
-    names = [video.name for video in samples.videos]
-    mine = set(names[_rank() :: ranks()])
-    numbers = [n for n, w in enumerate(samples.windows) if w.video.name in mine]
-    for start in range(0, len(numbers), batch):
-        yield collate([samples[number] for number in numbers[start : start + batch]])
-
-
-def _gathered(own: dict[str, list[Prediction]]) -> dict[str, list[Prediction]]:
-    """The predictions of all processes."""
-    if ranks() == 1:
-        return own
-    parts: list[Any] = [None] * ranks()
-    dist.all_gather_object(parts, own)
-    return {name: rows for part in parts for name, rows in sorted(part.items())}
-
-
-def _autocast(device: torch.device, amp: str) -> Any:
-    return torch.autocast(device.type, getattr(torch, amp)) if amp else nullcontext()
-
-
-def _rank() -> int:
-    return dist.get_rank() if ranks() > 1 else 0
-
-
-def _is_first() -> bool:
-    return _rank() == 0

@@ -16,7 +16,8 @@ pytest.importorskip("av")
 from examples.tal.data import synthetic
 from examples.tal.data.annotations import read_annotations
 from examples.tal.data.loading import Batch, Windows, collate, opened
-from examples.tal.training import Recipe, Trainer, predict, seed_all
+from examples.tal.prediction import predict
+from examples.tal.training import Recipe, Trainer, seed_all
 from tests.tal.test_training import CLASSES, SAMPLING, detector
 
 RECIPE = Recipe(epochs=1, batch=4)

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from examples.tal import memory
-from examples.tal.memory import Row, estimate, measure, ready
+from examples.tal.memory import Row, backbone_for, estimate, measure
 from examples.tal.models.backbones import NETWORKS, Swin, VideoMAE
 from examples.tal.models.slowfast import SlowFast
 
@@ -50,10 +50,12 @@ def _tiny_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_kept_for_backward_does_not_grow_with_depth_once_rewired() -> None:
     """Twelve blocks more: to within 1 % when rewired, by more than half when plain."""
-    short, long = (estimate(ready(name, "rewired", SIZE, values=False), 4, SIZE) for name in DEEP)
+    short, long = (
+        estimate(backbone_for(name, "rewired", SIZE, values=False), 4, SIZE) for name in DEEP
+    )
     assert long.saved_bytes == pytest.approx(short.saved_bytes, rel=0.01)
     # Measured: on so few numbers that is faster than on tensors without values.
-    before, after = (measure(ready(name, "plain", SIZE), 4, SIZE) for name in DEEP)
+    before, after = (measure(backbone_for(name, "plain", SIZE), 4, SIZE) for name in DEEP)
     assert before is not None
     assert after is not None
     assert after.saved_bytes > 1.5 * before.saved_bytes

@@ -172,7 +172,8 @@ def gradients(model: nn.Module, frames: Tensor) -> list[Tensor]:
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> float:
-    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    assert [a is None for a in one] == [b is None for b in other]
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None]
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 

@@ -29,9 +29,10 @@ from examples.tal.models.detector import Detector, Suppression
 from examples.tal.models.losa import LoSAShape
 from examples.tal.models.motionnet import MotionNet
 from examples.tal.models.vsgn import VSGN, VSGNConfig, VSGNShape
+from examples.tal.prediction import predict
 from examples.tal.pretraining import Clips
 from examples.tal.sets import Sets
-from examples.tal.training import Recipe, Trainer, groups, predict, schedule, seed_all
+from examples.tal.training import Recipe, Trainer, groups, schedule, seed_all
 
 CLASSES = sorted(synthetic.ACTIONS)
 SAMPLING = Sampling(48, per_step=2, stride=1)
@@ -142,7 +143,7 @@ def test_every_way_of_the_comparison_runs(videos: Set) -> None:
         recipe=Recipe(batch=2, warmup=0.5),
         losa=LoSAShape(every=2, width=16),
     )
-    clips = Clips(torch.randint(0, 255, (8, 3, 8, 64, 64)).byte(), torch.arange(8))
+    clips = Clips(torch.randint(0, 255, (8, 3, 8, 64, 64)).byte(), torch.arange(8) % 6)
     classifier = pretrained(config, clips, seed=0, epochs=1)
     found = [
         run(
@@ -160,5 +161,4 @@ def test_every_way_of_the_comparison_runs(videos: Set) -> None:
     plain = peaks["plain"]
     assert peaks["features"] < 0.2 * plain
     assert peaks["re2 at once"] < 0.8 * plain
-    assert {row.accuracy for row in found} <= {n / 8 for n in range(9)}
     assert outcomes_table(found, [row.arm for row in found]).row_count == len(found)

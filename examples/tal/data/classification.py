@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,17 @@ class VideoScores:
 
     classes: Sequence[str]
     scores: Mapping[str, Sequence[float]]
+
+    def check(self, videos: Iterable[str]) -> None:
+        """Refuse videos that have no scores.
+
+        Raises:
+            FileFormError: One has none.
+        """
+        if missing := sorted(set(videos) - self.scores.keys()):
+            raise FileFormError(
+                f"the classifier's file has no scores of {len(missing)} videos ({missing[0]}, ...)."
+            )
 
 
 def read_scores(path: Path) -> VideoScores:
@@ -59,10 +70,7 @@ def labelled(
     Raises:
         FileFormError: A video has no scores.
     """
-    if missing := sorted(found.keys() - given.scores.keys()):
-        raise FileFormError(
-            f"the classifier's file has no scores of {len(missing)} videos ({missing[0]}, ...)."
-        )
+    given.check(found)
     result = {}
     for name, rows in found.items():
         scores = np.asarray(given.scores[name])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,6 +134,14 @@ class Windows(Dataset[Sample]):
     def __getitem__(self, number: int) -> Sample:
         if not self.training:
             return self._sample(self.windows[number], None)
+        try:
+            return self._drawn(number)
+        except VideoError as error:  # damaged in the middle
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            return self._drawn((number + 1) % len(self))
+
+    def _drawn(self, number: int) -> Sample:
+        """A random window."""
         random = np.random.default_rng([self.seed, self.epoch, number])
         video = [*self.videos, *self._short][number]
         file = self.files[video.name]
@@ -151,8 +161,7 @@ class Windows(Dataset[Sample]):
     def _sample(self, window: Window, seed: int | None) -> Sample:
         frames = self._frames(window)
         if self.transform is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed or 0)
+            with _drawing(seed or 0):
                 frames = self.transform(frames)
         mask = torch.arange(self.sampling.steps) < window.real
         numbers = [0 if self.single else self.numbers[label] for label in window.labels]
@@ -170,6 +179,17 @@ class Windows(Dataset[Sample]):
             whole = _as_tensor(read_frames(file.path, range(file.frames), self.short))
             self._kept[window.video.name] = whole
         return whole[list(window.frames)]
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Draw from a seed on the CPU; what others draw, here or on a GPU, is not touched."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
 
 
 def _as_tensor(frames: Any) -> Tensor:

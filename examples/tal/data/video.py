@@ -83,7 +83,8 @@ def probe(path: Path) -> VideoFile:
 def read_frames(path: Path, numbers: Sequence[int], short: int | None = None) -> Frames:
     """Frames of a video by number.
 
-    Only what lies between the last key frame before the first of them and the last is decoded.
+    Only what lies between the last key frame before the first of them and the last is decoded; of
+    an .avi, all up to the last.
 
     Args:
         path: The file.
@@ -104,9 +105,11 @@ def read_frames(path: Path, numbers: Sequence[int], short: int | None = None) ->
             stream = _stream(container, path)
             stream.thread_type = "AUTO"
             fps, start = stream.average_rate or Fraction(25), stream.start_time or 0
-            _seek(container, stream, wanted[0] / fps, start)
-            for frame in container.decode(stream):
-                number = round((frame.pts - start) * stream.time_base * fps)
+            timed = container.format.name != "avi"  # there frames have no times of their own
+            if timed:
+                _seek(container, stream, wanted[0] / fps, start)
+            for count, frame in enumerate(container.decode(stream)):
+                number = round((frame.pts - start) * stream.time_base * fps) if timed else count
                 while last is not None and len(found) < len(wanted) and wanted[len(found)] < number:
                     found.append(_image(last, short))
                 last, at = frame, number

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
+from examples.tal.distribution import over_ranks, ranks
 from examples.tal.models.layers import Block, ChannelNorm, MaskedConv1d, sinusoid, wide
-from examples.tal.models.losses import distance_iou_loss, over_ranks, ranks
+from examples.tal.models.losses import distance_iou_loss
 from examples.tal.nms import Found, joined
 
 _INFINITE = 10000.0
@@ -248,7 +249,7 @@ class ActionFormer(nn.Module):
         lengths = [int((out.points[:, 3] == 2**n).sum()) for n in range(self.config.levels)]
         samples = []
         for scores, reach, mask in zip(out.scores, out.reach, out.mask, strict=True):
-            columns = (scores.sigmoid() * mask[:, None], reach, out.points)
+            columns = (wide(scores).sigmoid() * mask[:, None], reach, out.points)
             levels = zip(*(wide(column).split(lengths) for column in columns), strict=True)
             samples.append(joined([_decoded(*level, least, most) for level in levels]))
         return samples

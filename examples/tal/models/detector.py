@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from examples.tal.data.annotations import Prediction
@@ -46,7 +48,7 @@ class Detector(nn.Module):
         self.backbone, self.localizer, self.adapter = backbone, localizer, adapter
 
     def forward(self, x: Tensor, mask: Tensor) -> Any:
-        """Run on frames, numbers from 0 to 255 or shares of one, or on features."""
+        """Run on frames, bytes or shares of one, or on features."""
         if self.backbone is not None:
             x = self.backbone(x)
         if self.adapter is not None:
@@ -74,6 +76,11 @@ class Suppression:
     voting: float = 0.0
 
 
+def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
+    """Autocast to a type by its name; none where it is empty."""
+    return torch.autocast(device.type, getattr(torch, amp)) if amp else nullcontext()
+
+
 def predictions(
     windows: Sequence[Window],
     found: Sequence[Found],
@@ -93,7 +100,8 @@ def predictions(
         for window, rows in zip(windows, found, strict=True)
     ]
     rows = joined(placed)
-    thin = partial(soft_nms, sigma=suppression.sigma, least=suppression.least)
+    settings = {"sigma": suppression.sigma, "least": suppression.least, "most": suppression.most}
+    thin = partial(soft_nms, **settings)
     kept = by_class(rows, thin) if suppression.classes else thin(rows)
     if suppression.voting and not suppression.classes:
         kept = vote(kept, rows, suppression.voting)

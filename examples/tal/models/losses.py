@@ -1,10 +1,11 @@
-"""Losses on boundaries, and sums over all ranks of a distributed run."""
+"""Losses on boundaries and steps."""
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from examples.tal.distribution import mean_over_ranks
 
 
 def distance_iou_loss(found: Tensor, wanted: Tensor) -> Tensor:
@@ -60,23 +61,3 @@ def balanced_log_loss(shares: Tensor, wanted: Tensor) -> Tensor:
     ones = mean_over_ranks(-(shares + least).log(), wanted > 0.5)
     zeros = mean_over_ranks(-(1 - shares + least).log(), wanted <= 0.5)
     return (ones + zeros) / 2
-
-
-def mean_over_ranks(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of chosen values on all ranks, as this rank's part of a mean over ranks; or 0."""
-    count = over_ranks(chosen.sum()).clamp_min(1)
-    return (values * chosen).sum() * ranks() / count
-
-
-def over_ranks(count: Tensor) -> Tensor:
-    """A sum over all ranks, where there are several."""
-    if ranks() == 1:
-        return count
-    total = count.detach().clone()
-    dist.all_reduce(total)
-    return total
-
-
-def ranks() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.tal.distribution import mean_over_ranks
 from examples.tal.models.layers import wide
-from examples.tal.models.losses import balanced_log_loss, generalized_iou_loss, mean_over_ranks
+from examples.tal.models.losses import balanced_log_loss, generalized_iou_loss
 from examples.tal.models.stitching import Stitching, doubled, stitched, unstitched
 from examples.tal.nms import Found, by_class, hard_nms
 
@@ -153,7 +154,9 @@ class VSGN(nn.Module):
         boxes = decoded(_rows(map(self.reach, features), 2), anchors)
         finest = features[0]
         said = {
-            name: F.interpolate(head(finest), steps, mode="linear", align_corners=True)[:, 0]
+            name: F.interpolate(
+                wide(head(finest)).sigmoid(), steps, mode="linear", align_corners=True
+            )[:, 0]
             for name, head in self.steps.items()
         }
         adjusted = boxes + self._offsets(boxes.detach(), finest, steps)
@@ -403,7 +406,7 @@ def _head(config: VSGNShape, outputs: int) -> nn.Sequential:
 
 def _step_head(width: int) -> nn.Sequential:
     conv, last = nn.Conv1d(width, width, 3, 1, 1), nn.Conv1d(width, 1, 1)
-    return nn.Sequential(conv, nn.ReLU(), last, nn.Sigmoid())
+    return nn.Sequential(conv, nn.ReLU(), last)
 
 
 def _end_head(width: int) -> nn.Sequential:

@@ -134,9 +134,6 @@ class _Search:
         if count == 1:
             size = f"{saved / 1e6:.1f} MB of activations"
             return Found(UNCUT, (), saved, f"{size} are too few for it to pay")
-        if chunks == "auto" and saved * (count - 1) <= count * (gradients := self._gradients()):
-            size = f"{gradients / 1e6:.1f} MB of its weights' gradients"
-            return Found(UNCUT, (), saved, f"a second {size} would outweigh what it saves")
         axes: list[_Axis] = []
         parts: list[int] = []
         reason = ""
@@ -154,6 +151,10 @@ class _Search:
                 break
         if not axes:
             raise Mixed(reason or "there is nothing along which it can be cut")
+        count, gradients = math.prod(parts), self._gradients()
+        if chunks == "auto" and saved * (count - 1) <= count * gradients:
+            size = f"{gradients / 1e6:.1f} MB of its weights' gradients"
+            return Found(UNCUT, (), saved, f"a second {size} would outweigh what it saves")
         cuts = self._cuts(axes, parts)
         self._try(cuts)
         return Found(cuts, tuple(zip((a.dim for a in axes), parts, strict=True)), saved, reason)

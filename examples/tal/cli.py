@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +32,7 @@ from examples.tal.data.annotations import (
     write_predictions,
 )
 from examples.tal.data.classification import labelled
+from examples.tal.data.loading import Batch
 from examples.tal.data.synthetic import ANNOTATIONS, PRETRAINING, VIDEOS, Amounts, generate
 from examples.tal.data.video import VideoError
 from examples.tal.distribution import rank, ranks
@@ -124,17 +124,15 @@ def train(
     with one_line_errors(), _processes(device) as place:
         given = read_config(config)
         trainer, sets = _opened(given, place, out)
-        if resume and trainer.resume():
+        if resume and trainer.resume() and rank() == 0:
             log.print(f"going on after epoch {trainer.epoch}")
-        with Progress(
-            console=log, transient=True, disable=not log.is_terminal or rank() > 0
-        ) as bar:
-            trainer.run(_told, partial(bar.track, description="training"))
+        with _bar() as watched:
+            trainer.run(_told, watched)
         found = _predicted(given, trainer.average, sets)
         if rank() == 0:
             write_predictions(out / "predictions.json", found, VERSION)
             result = evaluate(sets.testing.videos, found, given.thresholds)
-            Console().print(_table(result))
+            Console().print(_table(result, _told_apart(sets)))
 
 
 @app.command("predict")
@@ -153,9 +151,8 @@ def predict_command(
         _tell_skipped(sets)
         bare = replace(given, backbone=replace(given.backbone, weights=""))
         average = averaged(detector_of(bare, len(sets.classes)).to(place))
-        average.load_state_dict(
-            torch.load(out / LAST, map_location=place, weights_only=True)["average"]
-        )
+        state = torch.load(out / LAST, map_location="cpu", weights_only=True)
+        average.load_state_dict(state["average"])
         found = _predicted(given, average, sets)
         if rank() == 0:
             write_predictions(to, found, VERSION)
@@ -301,6 +298,26 @@ def _tell_skipped(sets: Sets) -> None:
             log.print(f"  {row.name}: {row.reason}", markup=False)
 
 
+@contextmanager
+def _bar() -> Iterator[Callable[[Iterable[Batch]], Iterable[Batch]]]:
+    """Shows how far an epoch is, on a terminal; gives what passes its batches on."""
+    quiet = not log.is_terminal or rank() > 0
+    with Progress(console=log, transient=True, disable=quiet) as progress:
+        task = progress.add_task("epoch")
+
+        def watched(batches: Iterable[Batch]) -> Iterable[Batch]:
+            progress.reset(task)
+            return progress.track(batches, task_id=task)
+
+        yield watched
+
+
+def _told_apart(sets: Sets) -> str:
+    """How many of the videos could be tested on, where that is not all."""
+    names = {row.name for row in sets.skipped} & {video.name for video in sets.wanted}
+    return f"without {len(names)} of {len(sets.wanted)} videos" if names else ""
+
+
 def _told(epoch: int, means: Mapping[str, float]) -> None:
     if rank():
         return
@@ -308,9 +325,10 @@ def _told(epoch: int, means: Mapping[str, float]) -> None:
     log.print(f"epoch {epoch}  {shown}")
 
 
-def _table(result: Evaluation) -> Table:
+def _table(result: Evaluation, title: str = "") -> Table:
     """mAP by threshold, and average precision of each class."""
-    table = Table("", *(f"{limit:g}" for limit in result.thresholds), "average")
+    columns = "", *(f"{limit:g}" for limit in result.thresholds), "average"
+    table = Table(*columns, title=title or None)
     for label, row in zip(result.classes, result.precision.T, strict=True):
         table.add_row(label, *(f"{value:.3f}" for value in row), f"{row.mean():.3f}")
     table.add_section()
@@ -321,7 +339,11 @@ def _table(result: Evaluation) -> Table:
 @contextmanager
 def _processes(device: str) -> Iterator[torch.device]:
     """The device of this process; those of torchrun meet first."""
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: there is none ({error}).") from error
     if "RANK" not in os.environ:
         yield place
         return

@@ -209,10 +209,11 @@ def _network(
         return Detector(None, localizer), *rows
     if arm.way == "losa":
         taps = Taps(backbone, config.losa, collate([sets.training[0]]).frames)
-        return Detector(taps, localizer, LoSA(taps.channels, config.losa)), *sets[:2]
+        adapter = LoSA(taps.channels, config.losa)
+        return Detector(taps, localizer, adapter), sets.training, sets.testing
     if arm.way == "checkpointed":
         prepared(backbone, "checkpointed")
-    return Detector(backbone, localizer), *sets[:2]
+    return Detector(backbone, localizer), sets.training, sets.testing
 
 
 def cost_of_a_step(trainer: Trainer, steps: int = 5) -> tuple[float, float]:

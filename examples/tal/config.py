@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 import typing
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+import rewire
 from examples.tal.data.augmentation import Augmentation
 from examples.tal.data.windows import Sampling
 from examples.tal.evaluation import THUMOS_THRESHOLDS
@@ -109,8 +111,19 @@ class Config:
     def __post_init__(self) -> None:
         if self.data.keep and self.recipe.workers:
             raise ValueError("data: keep keeps videos in one process; recipe: workers must be 0.")
-        if self.backbone.options and self.backbone.way != "rewired":
-            raise ValueError(f"backbone: way {self.backbone.way!r} takes no options.")
+        backbone = self.backbone
+        if backbone.options and backbone.way != "rewired":
+            raise ValueError(f"backbone: way {backbone.way!r} takes no options.")
+        known = inspect.signature(rewire.make_reversible).parameters.keys()
+        if unknown := backbone.options.keys() - known:
+            there = ", ".join(name for name in known if name not in ("model", "example_inputs"))
+            raise ValueError(f"backbone: options: unknown {', '.join(unknown)}. There are {there}.")
+        if backbone.way == "checkpointed" and not self.recipe.freeze_norms:
+            raise ValueError(
+                "backbone: checkpointed norms run twice a step; recipe: freeze_norms must be true."
+            )
+        if not self.thresholds:
+            raise ValueError("thresholds: there are none.")
 
 
 def read_config(path: Path) -> Config:

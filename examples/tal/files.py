@@ -23,9 +23,18 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a CSV file, which begins with the names of its columns."""
+    """Add a row to a CSV file, which begins with the names of its columns.
+
+    Raises:
+        ValueError: The file has other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            heading = next(csv.reader(file), [])
+        if heading != list(row):
+            raise ValueError(f"{path}: has other columns: {', '.join(heading)}. Name a new file.")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, row)
         if new:

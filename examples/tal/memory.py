@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import nn
 
 import rewire
-from examples.tal.files import append_row
+from examples.tal.files import append_row, written_whole
 from examples.tal.models.backbones import NETWORKS, Backbone, freeze_norms, prepared
 
 GIBI = 2**30
@@ -201,6 +201,8 @@ def _rows(
 ) -> Iterator[Row]:
     bare, backbone = backbone_for(network, way, size, values=False), None
     for number in frames:
+        if device == "cuda" and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # or what earlier cases held would count as taken
         case = network, way, number, size
         guess = estimate(bare, number, size, device)
         yield Row(*case, "estimated", device, *_sizes(guess))
@@ -350,8 +352,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for axes in panels[len(networks) :]:
         axes.remove()
     _legend(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with written_whole(path) as beside:
+        figure.savefig(beside, format=path.suffix.lstrip(".") or "png")
 
 
 def _panel(axes: Any, network: str, ways: _Ways) -> None:

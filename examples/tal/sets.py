@@ -23,15 +23,17 @@ class Sets(NamedTuple):
     """What a detector is trained and tested on.
 
     Attributes:
-        training: Windows to train on.
+        training: Windows to train on; None where they were not asked for.
         testing: Windows to test on.
+        wanted: Videos to test on, those that cannot be read among them.
         classes: Names of the localizer's classes.
         skipped: Videos that cannot be read.
         scores: Of whole videos by a classifier, where the localizer knows actions only.
     """
 
-    training: Windows
+    training: Windows | None
     testing: Windows
+    wanted: list[Video]
     classes: list[str]
     skipped: list[Skipped]
     scores: VideoScores | None
@@ -42,7 +44,7 @@ def sets_of(config: Config, *, testing_only: bool = False) -> Sets:
 
     Args:
         config: Says where they are.
-        testing_only: No file of the training videos is opened; the set of them is that to test on.
+        testing_only: No file of the training videos is opened.
 
     Raises:
         FileFormError: Annotations cannot be read, no video of a set can, or one has no scores.
@@ -52,8 +54,6 @@ def sets_of(config: Config, *, testing_only: bool = False) -> Sets:
     parts = [of_subset(every, name) for name in (data.training, data.validation)]
     scores = read_scores(Path(data.classifier)) if data.classifier else None
     classes = [ACTION] if scores else classes_of(video for part in parts for video in part)
-    if scores is not None:
-        scores.check(video.name for video in parts[1])
     used = parts[1:] if testing_only else parts
     files, skipped = opened([video for part in used for video in part], Path(data.videos))
 
@@ -65,8 +65,10 @@ def sets_of(config: Config, *, testing_only: bool = False) -> Sets:
         return found
 
     testing = windows(parts[1], data.size, training=False, transform=middle(data.size))
+    if scores is not None:
+        scores.check(video.name for video in testing.videos)
     if testing_only:
-        return Sets(testing, testing, classes, skipped, scores)
+        return Sets(None, testing, parts[1], classes, skipped, scores)
     augment = augmented(data.augmentation, data.size)
     training = windows(parts[0], data.short or data.size, training=True, transform=augment)
-    return Sets(training, testing, classes, skipped, scores)
+    return Sets(training, testing, parts[1], classes, skipped, scores)

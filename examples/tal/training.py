@@ -205,9 +205,12 @@ class Trainer:
     def resume(self) -> bool:
         """Go on from the folder's last state, if there is one."""
         path = None if self.folder is None else self.folder / LAST
-        if path is None or not path.exists():
+        there = path is not None and path.exists()
+        if mean_of_ranks(float(there), self.device) not in (0.0, 1.0):
+            raise ValueError(f"{path}: not every process sees it; --out must be a shared folder.")
+        if path is None or not there:
             return False
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.epoch = state["epoch"]

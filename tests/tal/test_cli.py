@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,10 @@ def test_evaluate_prints_json_and_nothing_else(tmp_path: Path) -> None:
     assert "There are validation" in refused(*files, "--subset", "training")
     assert "numbers with commas" in refused(*files, "--thresholds", "half")
     assert "shares from 0 to 1" in refused(*files, "--thresholds", "50")
+    write_annotations(truth, [replace(v, name=f"v_{v.name}") for v in TRUTH], "test")
+    assert json.loads(run(*files, "--thresholds", "0.5,0.9", "--json")) == printed
+    found.write_text('{"results": {"A": [{"segment": [1], "label": "c", "score": 1}]}}')
+    assert "a segment is [start, end], not [1]" in refused(*files)
     assert "cannot be read" in refused(*files[:2], tmp_path / "no.json", *files[3:])
 
 
@@ -101,6 +106,13 @@ def test_configurations_are_read_and_bad_ones_say_where() -> None:
         ({"data": data, "localizer": {"window": ["x"]}}, "'x' is no int"),
         ({"data": data, "localizer": {"name": "tsn"}}, "'tsn' is none of actionformer, vsgn"),
         ({"data": data, "localizer": {"name": "vsgn", "window": 3}}, "unknown window"),
+        ({"data": {**data, "short": 100}}, "c: data: short: 100 pixels are fewer"),
+        ({"data": data, "recipe": {"amp": "bf16"}}, "c: recipe: amp is bfloat16 or float16"),
+        ({"data": data, "backbone": {"way": "losa", "options": {"a": 1}}}, "takes no options"),
+        ({"data": data, "backbone": {"options": {"chunk": 1}}}, "unknown chunk. There are plan"),
+        ({"data": {**data, "keep": True}, "recipe": {"workers": 2}}, "workers must be 0"),
+        ({"data": data, "suppression": {"sigma": 0}}, "c: suppression: sigma: a number above 0"),
+        ({"data": data, "thresholds": []}, "there are none"),
     ):
         with pytest.raises(ConfigError, match=said):
             built(Whole, content, "c")

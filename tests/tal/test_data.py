@@ -50,6 +50,43 @@ def test_frames_are_those_of_their_numbers(counted: Path) -> None:
     assert read_frames(counted, [0], short=16).shape == (1, 16, 28, 3)
 
 
+def test_frames_of_an_avi_are_counted(counted: Path, tmp_path: Path) -> None:
+    """Its frames have no times of their own, and come in another order."""
+    import av
+
+    path = tmp_path / "counted.avi"
+    frames = read_frames(counted, range(90))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.options = "yuv420p", {"bf": "3", "crf": "10"}
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    assert numbers(read_frames(path, [0, 3, 50, 88])) == [0, 3, 50, 88]
+
+
+def test_a_video_damaged_in_the_middle_is_left_out(tmp_path: Path) -> None:
+    synthetic.generate(tmp_path, 1, synthetic.Amounts(2, 0, 0), workers=1)
+    videos = read_annotations(tmp_path / synthetic.ANNOTATIONS)
+    files, _ = opened(videos, tmp_path / synthetic.VIDEOS)
+    parts = videos, files, sorted(synthetic.ACTIONS), Sampling(16, stride=1)
+    rows, tests = (Windows(*parts, training=training) for training in (True, False))
+    files[videos[0].name].path.write_bytes(b"nothing any more")
+    before = torch.default_generator.get_state()
+    with pytest.warns(UserWarning, match=f"left out: .*{videos[0].name}"):
+        assert rows[0].window.video == videos[1]
+    with pytest.warns(UserWarning, match=f"left out: .*{videos[0].name}"):
+        assert not tests[0].mask.any()
+    assert torch.equal(torch.default_generator.get_state(), before)
+    files[videos[1].name].path.write_bytes(b"nor here")
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(VideoError, match="no video can be read"),
+    ):
+        rows[0]
+
+
 def test_missing_corrupt_and_cut_off_videos_are_told(counted: Path, tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"no video in .* v_gone"):
         find_video(tmp_path, "gone")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,6 +33,9 @@ def gradients(trainer: Trainer, batch: Batch) -> dict[str, torch.Tensor]:
     trainer.recipe = Recipe(epochs=1, batch=4, clip=1e9)
     trainer.detector.localizer.eval()  # drop path draws for each process
     trainer.detector.localizer.training = True
+    for name, parameter in trainer.detector.named_parameters():
+        if name.endswith("scale"):  # which begin so small that nothing would be seen behind them
+            torch.nn.init.ones_(parameter)
     seed_all(0)
     trainer.step(batch)
     named = trainer.detector.named_parameters()
@@ -50,9 +52,9 @@ def of_both(rows: Windows, numbers: Iterable[int]) -> dict[str, dict[str, torch.
 
 
 def one_of_two(rank: int, root: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29571", RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    meeting = f"file://{root}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     rows = samples(Path(root), training=True)
     found = of_both(rows, (2 * rank, 2 * rank + 1))
     made = predict(detector(), samples(Path(root), training=False), CLASSES)
@@ -72,7 +74,10 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
         found, made = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         for localizer, gradient in wanted.items():
             assert found[localizer].keys() == gradient.keys()
-            scale = max(float(g.abs().max()) for g in gradient.values())
-            worst = max(float((found[localizer][n] - g).abs().max()) for n, g in gradient.items())
-            assert worst < 1e-5 * max(1.0, scale), localizer
-        assert {n: len(p) for n, p in made.items()} == {n: len(p) for n, p in expected.items()}
+            for name, own in gradient.items():
+                apart = float((found[localizer][name] - own).abs().max())
+                assert apart < 1e-3 * float(own.abs().max()) + 1e-7, (localizer, name)
+        assert made.keys() == expected.keys()
+        for name, rows in made.items():
+            scores = [row.score for row in rows]
+            assert scores == pytest.approx([row.score for row in expected[name]], abs=1e-5)

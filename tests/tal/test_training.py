@@ -32,7 +32,8 @@ from examples.tal.models.vsgn import VSGN, VSGNConfig, VSGNShape
 from examples.tal.prediction import predict
 from examples.tal.pretraining import Clips
 from examples.tal.sets import Sets
-from examples.tal.training import Recipe, Trainer, groups, schedule, seed_all
+from examples.tal.training import Recipe, Trainer, averaged, groups, schedule, seed_all
+from tests.tal.test_models import tiny
 
 CLASSES = sorted(synthetic.ACTIONS)
 SAMPLING = Sampling(48, per_step=2, stride=1)
@@ -94,9 +95,32 @@ def test_rates_rise_and_fall_and_only_weights_decay() -> None:
         assert rates[id(parameter)] == (5e-4 if name.startswith("backbone") else 1e-3)
 
 
-def test_predictions_cover_every_video_once(videos: Set) -> None:
+def test_averages_copy_whole_numbers_and_share_what_does_not_learn() -> None:
+    """Swin's table of positions is one; a mean of it, cut to whole numbers, would be another."""
+    model = Detector(prepared(tiny("swin"), "frozen"), torch.nn.Linear(2, 2))
+    average = averaged(model, ema=0.999)
+    for _ in range(60):
+        average.update_parameters(model)
+    pairs = list(zip(average.module.buffers(), model.buffers(), strict=True))
+    assert all(torch.equal(mean, own) for mean, own in pairs if not own.is_floating_point())
+    assert any(not own.is_floating_point() for _, own in pairs)
+    frozen = zip(average.module.backbone.parameters(), model.backbone.parameters(), strict=True)
+    assert all(mean.data_ptr() == own.data_ptr() for mean, own in frozen)
+    assert average.module.localizer.weight.data_ptr() != model.localizer.weight.data_ptr()
+
+
+def test_predicting_leaves_frozen_norms_as_they_are(videos: Set) -> None:
+    trainer = Trainer(detector(), windows(videos), RECIPE)
+    modes = [module.training for module in trainer.detector.modules()]
+    predict(trainer.detector, windows(videos, "validation", training=False), CLASSES)
+    assert [module.training for module in trainer.detector.modules()] == modes
+    assert set(modes) == {True, False}
+
+
+@pytest.mark.parametrize("localizer", ["actionformer", "vsgn"])
+def test_predictions_cover_every_video_once(videos: Set, localizer: str) -> None:
     rows = windows(videos, "validation", training=False)
-    found = predict(detector("plain"), rows, CLASSES, Suppression(most=7))
+    found = predict(detector("plain", localizer), rows, CLASSES, Suppression(most=7))
     assert sorted(found) == sorted(video.name for video in rows.videos)
     for predictions in found.values():
         assert 0 < len(predictions) <= 7
@@ -149,7 +173,7 @@ def test_every_way_of_the_comparison_runs(videos: Set) -> None:
         run(
             replace(arm, epochs=1),
             config,
-            Sets(training, testing, CLASSES, [], None),
+            Sets(training, testing, testing.videos, CLASSES, [], None),
             (clips, clips),
             classifier,
             0,

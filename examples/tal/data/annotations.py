@@ -92,7 +92,7 @@ def read_annotations(path: Path, *, skip: Iterable[str] = (AMBIGUOUS,)) -> list[
         segments.sort(key=lambda segment: (segment.start, segment.end))
         frames = row.get("frame")
         video = Video(
-            name,
+            plain_name(name),
             _number(_get(row, "duration", None, where), f"{where}: duration"),
             str(_get(row, "subset", None, where)),
             tuple(segments),
@@ -145,8 +145,7 @@ def read_predictions(path: Path) -> dict[str, list[Prediction]]:
             label = str(_get(entry, "label", None, here))
             score = _number(_get(entry, "score", None, here), f"{here}: score")
             predictions.append(Prediction(*_span(entry, here), label, score))
-        # ActivityNet's own files name videos as the annotations do, others as their files.
-        found[name.removeprefix("v_") if name.startswith("v_") else name] = predictions
+        found[plain_name(name)] = predictions
     return found
 
 
@@ -163,6 +162,11 @@ def write_predictions(
     }
     external = {"used": False, "details": ""}
     _write(path, {"version": version, "external_data": external, "results": results})
+
+
+def plain_name(name: str) -> str:
+    """A video's name; some files have it as that of its file, v_NAME."""
+    return name.removeprefix("v_")
 
 
 def classes_of(videos: Iterable[Video]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.tal.data.annotations import FileFormError, Prediction, read_json
+from examples.tal.data.annotations import FileFormError, Prediction, plain_name, read_json
 
 ACTION = "action"  # the one class of such a localizer
 
@@ -48,7 +48,8 @@ def read_scores(path: Path) -> VideoScores:
     content = read_json(path)
     try:
         names = [str(name) for name in content["class"]]
-        rows = {str(video): [float(v) for v in row] for video, row in content["results"].items()}
+        results = content["results"].items()
+        rows = {plain_name(video): [float(v) for v in row] for video, row in results}
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise FileFormError(f"{path}: has no 'class' and 'results' of scores: {error!r}") from error
     for video, row in rows.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,13 +132,15 @@ class Windows(Dataset[Sample]):
         return len(self.videos) + len(self._short) if self.training else len(self.windows)
 
     def __getitem__(self, number: int) -> Sample:
+        """A sample; of what cannot be read another one in training, and none of it in testing."""
         if not self.training:
             return self._sample(self.windows[number], None)
-        try:
-            return self._drawn(number)
-        except VideoError as error:  # damaged in the middle
-            warnings.warn(f"left out: {error}", stacklevel=2)
-            return self._drawn((number + 1) % len(self))
+        for other in range(len(self)):
+            try:
+                return self._drawn((number + other) % len(self))
+            except VideoError as error:  # damaged in the middle
+                warnings.warn(f"left out: {error}", stacklevel=2)
+        raise VideoError("no video can be read any more.")
 
     def _drawn(self, number: int) -> Sample:
         """A random window."""
@@ -159,7 +161,13 @@ class Windows(Dataset[Sample]):
         return sliding(video, file.fps, file.frames, self.sampling)
 
     def _sample(self, window: Window, seed: int | None) -> Sample:
-        frames = self._frames(window)
+        try:
+            frames = self._frames(window)
+        except VideoError as error:
+            if self.training:
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            frames, window = self._nothing(window), replace(window, real=0)
         if self.transform is not None:
             with _drawing(seed or 0):
                 frames = self.transform(frames)
@@ -168,6 +176,12 @@ class Windows(Dataset[Sample]):
         labels = torch.tensor(numbers, dtype=torch.long)
         segments = torch.from_numpy(window.segments).float()
         return Sample(frames.transpose(0, 1).contiguous(), mask, segments, labels, window)
+
+    def _nothing(self, window: Window) -> Tensor:
+        """Black frames in the place of those of a window."""
+        file = self.files[window.video.name]
+        size = (self.short, self.short) if self.short else (file.height, file.width)
+        return torch.zeros(len(window.frames), 3, *size, dtype=torch.uint8)
 
     def _frames(self, window: Window) -> Tensor:
         """[T, 3, H, W]."""

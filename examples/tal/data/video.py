@@ -42,11 +42,6 @@ class VideoFile:
     width: int
     height: int
 
-    @property
-    def duration(self) -> float:
-        """Seconds."""
-        return self.frames / self.fps
-
 
 def find_video(folder: Path, name: str) -> Path:
     """The file of a video, by any of the names that people give it: NAME.mp4, v_NAME.mp4, ...

@@ -157,7 +157,7 @@ def clipped(
     segment = rows[int(random.integers(len(rows)))]
     length = round(sampling.clipped * sampling.steps)
     before = max((s.end for s in video.segments if s.end <= segment.start), default=0.0)
-    free = length * step - (segment.end - segment.start)
+    free = (length - 1) * step - (segment.end - segment.start)  # steps begin before it
     start = max(0.0, before, segment.start - free * random.random())
     first = min(int(start / step), max(0, _steps(frames, sampling) - 1))
     return _part(video, fps, frames, sampling, first, min(length, _steps(frames, sampling) - first))

@@ -184,7 +184,7 @@ def prepared(backbone: Backbone, way: str, **options: Any) -> Backbone:
         for block in blocks(backbone.net):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if way == "frozen":
-        backbone.requires_grad_(False)
+        backbone.requires_grad_(False).eval()
     return backbone
 
 

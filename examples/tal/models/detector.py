@@ -62,7 +62,7 @@ class Suppression:
 
     Attributes:
         sigma: Of soft-NMS; 0.5 for THUMOS (0.7 end to end), 0.75 for ActivityNet.
-        least: Scores below it are dropped.
+        least: Scores below it are dropped, as are all up to 0.001.
         most: Segments kept of a video.
         classes: Each class is thinned out by itself.
         voting: Overlap from which segments vote on the kept ones' ends; 0: none do. Not with
@@ -74,6 +74,10 @@ class Suppression:
     most: int = 200
     classes: bool = True
     voting: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.sigma <= 0:
+            raise ValueError(f"sigma: a number above 0, not {self.sigma}.")
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:

@@ -42,6 +42,10 @@ class LoSAShape:
     clip: int = 0
     chunk: int = 8
 
+    def __post_init__(self) -> None:
+        if self.window % 2 == 0:
+            raise ValueError(f"window: an odd number of steps, not {self.window}.")
+
 
 class Taps(nn.Module):
     """A frozen backbone that runs over clips, a few at a time, and keeps means over space alone.

@@ -23,6 +23,7 @@ from examples.tal.nms import Found, by_class, hard_nms
 
 # How offsets of boxes are scaled, and by what factor a box may grow at most.
 _CENTRE, _LENGTH, _GROWTH = 10.0, 5.0, 1000 / 16
+_SHORTEST = 0.05  # steps that a segment has at least
 _EDGE = 1.5  # steps around an end that count as it
 _SUPPLEMENT = 0.2  # weight of the losses of single steps
 
@@ -260,8 +261,10 @@ class VSGN(nn.Module):
         scores = shares * (ends[0] * ends[1])[..., None]
         samples = []
         for number in range(len(boxes)):
-            spans = unstitched(boxes[number], out.stitching, number)
-            place, label = (shares[number] > self.config.least).nonzero(as_tuple=True)
+            spans = unstitched(boxes[number], out.stitching, number).sort(-1).values
+            long = spans[:, 1] - spans[:, 0] > _SHORTEST  # what lay in the padding is not
+            told = (shares[number] > self.config.least) & long[:, None]
+            place, label = told.nonzero(as_tuple=True)
             columns = spans[place].double(), scores[number][place, label].double(), label
             found = Found(*(column.detach().cpu().numpy() for column in columns))
             samples.append(by_class(found, lambda rows: hard_nms(rows, self.config.overlap)))

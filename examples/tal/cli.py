@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +23,7 @@ from torch import nn
 import rewire
 from examples.tal.building import detector_of, ready
 from examples.tal.comparison import ARMS, append, compare, outcomes_table, pretrained
-from examples.tal.config import Config, read_config
+from examples.tal.config import Config, differences, read_config
 from examples.tal.data.annotations import (
     Prediction,
     of_subset,
@@ -34,7 +34,6 @@ from examples.tal.data.annotations import (
 from examples.tal.data.classification import labelled
 from examples.tal.data.loading import Batch
 from examples.tal.data.synthetic import ANNOTATIONS, PRETRAINING, VIDEOS, Amounts, generate
-from examples.tal.data.video import VideoError
 from examples.tal.distribution import rank, ranks
 from examples.tal.evaluation import Evaluation, average_recall, evaluate
 from examples.tal.files import written_whole
@@ -46,7 +45,7 @@ from examples.tal.memory import table as memory_table
 from examples.tal.prediction import predict
 from examples.tal.pretraining import accuracy, clips, finetune
 from examples.tal.sets import Sets, sets_of
-from examples.tal.training import LAST, Trainer, averaged, seed_all
+from examples.tal.training import LAST, Trainer, averaged, read_last, seed_all
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 log = Console(stderr=True, highlight=False)
@@ -64,7 +63,7 @@ def one_line_errors() -> Iterator[None]:
     """Bad input is one line on stderr, and no traceback."""
     try:
         yield
-    except (rewire.RewireError, VideoError, ValueError) as error:
+    except (rewire.RewireError, OSError, ValueError) as error:
         log.print(f"[red]{escape(str(error))}[/red]")
         raise typer.Exit(1) from error
 
@@ -77,14 +76,14 @@ def prepare(
     videos: Annotated[
         str, typer.Option(help="Training, validation and pretraining videos.")
     ] = "72,48,1200",
-    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
 ) -> None:
     """Write data to train on. Real data sets are used as they are: see the README."""
     if not synthetic:
         raise typer.BadParameter("there is --synthetic alone; real data need no preparing.")
     with one_line_errors():
         counts = _numbers("--videos", videos)
-        if len(counts) != 3:
+        if len(counts) != 3 or min(counts) < 0 or not sum(counts):
             raise ValueError(f"--videos: three numbers with commas, not {videos!r}.")
         generate(root, seed, Amounts(*counts), workers)
     log.print(f"wrote {counts[0] + counts[1]} videos and {counts[2]} clips to {root}")
@@ -123,6 +122,9 @@ def train(
     """Train a detector, and test it. Under torchrun, one process for each device."""
     with one_line_errors(), _processes(device) as place:
         given = read_config(config)
+        out.mkdir(parents=True, exist_ok=True)
+        if resume:
+            _refuse_another(given, out, ("data", "backbone", "losa", "localizer", "recipe"))
         trainer, sets = _opened(given, place, out)
         if resume and trainer.resume() and rank() == 0:
             log.print(f"going on after epoch {trainer.epoch}")
@@ -147,12 +149,12 @@ def predict_command(
         given = read_config(config)
         if not (out / LAST).exists():
             raise ValueError(f"{out / LAST}: there is no training. Run train first.")
+        _refuse_another(given, out, ("backbone", "losa", "localizer"))
         sets = sets_of(given, testing_only=True)
         _tell_skipped(sets)
         bare = replace(given, backbone=replace(given.backbone, weights=""))
         average = averaged(detector_of(bare, len(sets.classes)).to(place))
-        state = torch.load(out / LAST, map_location="cpu", weights_only=True)
-        average.load_state_dict(state["average"])
+        average.load_state_dict(read_last(out / LAST)["average"])
         found = _predicted(given, average, sets)
         if rank() == 0:
             write_predictions(to, found, VERSION)
@@ -166,7 +168,7 @@ def compare_command(
     epochs: Annotated[
         int | None, typer.Option(help="For all ways, instead of their own schedules.", min=1)
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
 ) -> None:
     """Train the small network in all ways on synthetic videos, side by side."""
     with one_line_errors():
@@ -279,7 +281,17 @@ def _opened(config: Config, place: torch.device, out: Path) -> tuple[Trainer, Se
     _tell_skipped(sets)
     seed_all(config.recipe.seed)
     detector = detector_of(config, len(sets.classes)).to(place)
-    return Trainer(detector, sets.training, config.recipe, out), sets
+    return Trainer(detector, sets.training, config.recipe, out, asdict(config)), sets
+
+
+def _refuse_another(config: Config, out: Path, parts: tuple[str, ...]) -> None:
+    """Refuse a folder in which something else was trained."""
+    saved = read_last(out / LAST)["config"] if (out / LAST).exists() else {}
+    if saved and (found := differences(config, saved, parts)):
+        raise ValueError(
+            f"{out / LAST} was trained otherwise: {'; '.join(found)}. "
+            "Name another --out, or begin anew with --no-resume."
+        )
 
 
 def _predicted(config: Config, average: nn.Module, sets: Sets) -> dict[str, list[Prediction]]:

@@ -61,6 +61,8 @@ class DataConfig:
     top: int = 2
 
     def __post_init__(self) -> None:
+        if self.size < 1 or self.top < 1:
+            raise ValueError(f"size and top are from 1 on, not {self.size} and {self.top}.")
         if 0 < self.short < self.size:
             raise ValueError(f"short: {self.short} pixels are fewer than size: {self.size}.")
 
@@ -122,8 +124,30 @@ class Config:
             raise ValueError(
                 "backbone: checkpointed norms run twice a step; recipe: freeze_norms must be true."
             )
-        if not self.thresholds:
-            raise ValueError("thresholds: there are none.")
+        if not self.thresholds or not all(0 < limit <= 1 for limit in self.thresholds):
+            raise ValueError(f"thresholds: shares from 0 to 1, not {self.thresholds}.")
+
+
+# What a training may be gone on with otherwise: it changes no network, and no step that was made.
+_FREE = ("recipe: epochs", "recipe: workers", "data: keep", "backbone: weights")
+
+
+def differences(config: Config, saved: dict[str, Any], parts: tuple[str, ...]) -> list[str]:
+    """Keys in which a configuration differs from that of a saved training.
+
+    Args:
+        config: The one.
+        saved: `dataclasses.asdict` of the other.
+        parts: Which of its parts are compared.
+    """
+    own = dataclasses.asdict(config)
+    return [key for part in parts for key in _differing(own[part], saved.get(part), part)]
+
+
+def _differing(one: Any, other: Any, where: str) -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [k for n in one for k in _differing(one[n], other.get(n), f"{where}: {n}")]
+    return [where] if one != other and where not in _FREE else []
 
 
 def read_config(path: Path) -> Config:

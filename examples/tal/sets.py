@@ -65,7 +65,10 @@ def sets_of(config: Config, *, testing_only: bool = False) -> Sets:
         return found
 
     testing = windows(parts[1], data.size, training=False, transform=middle(data.size))
+    if not classes:
+        raise FileFormError(f"{data.annotations}: no video of both subsets has a label.")
     if scores is not None:
+        scores.check_labels(classes_of(parts[1]))
         scores.check(video.name for video in testing.videos)
     if testing_only:
         return Sets(None, testing, parts[1], classes, skipped, scores)

@@ -65,6 +65,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.amp not in ("", "bfloat16", "float16"):
             raise ValueError(f"amp is bfloat16 or float16, or empty; not {self.amp!r}.")
+        if self.epochs < 1 or self.batch < 1 or self.workers < 0 or self.warmup < 0:
+            raise ValueError("epochs and batch are from 1 on, workers and warmup from 0 on.")
 
 
 def seed_all(seed: int) -> None:
@@ -82,11 +84,18 @@ class Trainer:
         samples: To train on.
         recipe: How.
         folder: Gets the last state, from which it goes on, and a log; None: neither.
+        config: What all was made of, kept with the state.
     """
 
     def __init__(
-        self, detector: Detector, samples: Windows, recipe: Recipe, folder: Path | None = None
+        self,
+        detector: Detector,
+        samples: Windows,
+        recipe: Recipe,
+        folder: Path | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
+        self.config = dict(config or {})
         self.detector, self.samples, self.recipe, self.folder = detector, samples, recipe, folder
         self.device = next(detector.parameters()).device
         self.epoch = 0
@@ -200,7 +209,7 @@ class Trainer:
         """Write all that going on needs, whole or not at all."""
         state = {name: getattr(self, name).state_dict() for name in _PARTS}
         with written_whole(path) as beside:
-            torch.save({"epoch": self.epoch, **state}, beside)
+            torch.save({"epoch": self.epoch, "config": self.config, **state}, beside)
 
     def resume(self) -> bool:
         """Go on from the folder's last state, if there is one."""
@@ -210,11 +219,25 @@ class Trainer:
             raise ValueError(f"{path}: not every process sees it; --out must be a shared folder.")
         if path is None or not there:
             return False
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_last(path)
         for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.epoch = state["epoch"]
         return True
+
+
+def read_last(path: Path) -> dict[str, Any]:
+    """What `Trainer.save` wrote, on the CPU.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return {"config": {}, **{name: state[name] for name in ("epoch", "config", *_PARTS)}}
+    except Exception as error:  # a damaged file may raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: cannot be read ({reason[:80]}); name another --out.") from error
 
 
 def averaged(detector: Detector, ema: float = 0.0) -> AveragedModel:

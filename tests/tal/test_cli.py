@@ -83,6 +83,12 @@ def test_prepare_train_go_on_predict(tmp_path: Path) -> None:
     assert len((out / "log.csv").read_text().splitlines()) == 3
     run("predict", config, "--out", out, "--to", tmp_path / "p.json")
     assert read_predictions(tmp_path / "p.json") == read_predictions(out / "predictions.json")
+    config.write_text(config.read_text().replace("width: 16", "width: 32"))
+    for command in (["train"], ["predict", "--to", tmp_path / "p.json"]):
+        assert "otherwise: localizer: width" in refused(*command, config, "--out", out)
+    (out / "last.pt").write_bytes(b"garbage")
+    assert "last.pt: cannot be read" in refused("train", config, "--out", out)
+    assert "there is none" in refused("train", config, "--out", out, "--device", "cuda:77")
     assert "Run train first" in refused(
         "predict", config, "--out", tmp_path / "no", "--to", tmp_path / "q.json"
     )
@@ -112,7 +118,10 @@ def test_configurations_are_read_and_bad_ones_say_where() -> None:
         ({"data": data, "backbone": {"options": {"chunk": 1}}}, "unknown chunk. There are plan"),
         ({"data": {**data, "keep": True}, "recipe": {"workers": 2}}, "workers must be 0"),
         ({"data": data, "suppression": {"sigma": 0}}, "c: suppression: sigma: a number above 0"),
-        ({"data": data, "thresholds": []}, "there are none"),
+        ({"data": data, "thresholds": []}, "thresholds: shares from 0 to 1"),
+        ({"data": data, "recipe": {"epochs": 0}}, "epochs and batch are from 1 on"),
+        ({"data": {**data, "sampling": {"steps": 0}}}, "sampling: steps and per_step"),
+        ({"data": {**data, "sampling": {"steps": 8, "kept": 3}}}, "kept and crop"),
     ):
         with pytest.raises(ConfigError, match=said):
             built(Whole, content, "c")

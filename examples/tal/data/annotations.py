@@ -88,7 +88,10 @@ def read_annotations(path: Path, *, skip: Iterable[str] = (AMBIGUOUS,)) -> list[
             here = f"{where}, annotation {number}"
             label = str(_get(entry, "label", None, here))
             if label not in skipped:
-                segments.append(Segment(*_span(entry, here), label))
+                start, end = _span(entry, here)
+                if start > end:
+                    raise FileFormError(f"{here}: it starts at {start:g} and ends at {end:g}.")
+                segments.append(Segment(start, end, label))
         segments.sort(key=lambda segment: (segment.start, segment.end))
         frames = row.get("frame")
         video = Video(
@@ -140,6 +143,8 @@ def read_predictions(path: Path) -> dict[str, list[Prediction]]:
     found = {}
     for name, rows in _member(read_json(path), "results", path).items():
         predictions = []
+        if not isinstance(rows, list):
+            raise FileFormError(f"{path}: {name}: a list was expected, not {rows!r}.")
         for number, entry in enumerate(rows):
             here = f"{path}: {name}, prediction {number}"
             label = str(_get(entry, "label", None, here))

@@ -36,6 +36,18 @@ class VideoScores:
                 f"the classifier's file has no scores of {len(missing)} videos ({missing[0]}, ...)."
             )
 
+    def check_labels(self, labels: Sequence[str]) -> None:
+        """Refuse a file of other classes.
+
+        Raises:
+            FileFormError: None of the labels is one of its classes.
+        """
+        if not set(labels) & set(self.classes):
+            raise FileFormError(
+                f"the classifier's file has other classes: {', '.join(self.classes[:3])}, ..., "
+                f"and the annotations {', '.join(labels[:3])}, ..."
+            )
+
 
 def read_scores(path: Path) -> VideoScores:
     """Scores from a JSON file {"class": [NAME, ...], "results": {VIDEO: [SHARE, ...]}}.

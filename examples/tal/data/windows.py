@@ -45,6 +45,17 @@ class Sampling:
     crop: float = 1.0
     clipped: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.per_step < 1 or self.stride < 0:
+            raise ValueError(
+                f"steps and per_step are from 1 on and stride from 0 on, not {self.steps}, "
+                f"{self.per_step} and {self.stride}."
+            )
+        if not (0 <= self.overlap < 1 and 0 < self.kept <= 1 and 0 < self.crop <= 1):
+            raise ValueError("overlap is from 0 to less than 1; kept and crop are from 0 to 1.")
+        if not 0 <= self.clipped <= 1:
+            raise ValueError(f"clipped: a share of a window, not {self.clipped}.")
+
 
 @dataclass(frozen=True)
 class Window:

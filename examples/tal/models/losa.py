@@ -43,6 +43,8 @@ class LoSAShape:
     chunk: int = 8
 
     def __post_init__(self) -> None:
+        if min(self.every, self.width, self.heads, self.pooled, self.chunk) < 1:
+            raise ValueError("every, width, heads, pooled and chunk are from 1 on.")
         if self.window % 2 == 0:
             raise ValueError(f"window: an odd number of steps, not {self.window}.")
 

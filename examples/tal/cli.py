@@ -64,7 +64,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (rewire.RewireError, OSError, ValueError) as error:
-        log.print(f"[red]{escape(str(error))}[/red]")
+        log.print(f"[red]{escape(str(error))}[/red]", soft_wrap=True)
         raise typer.Exit(1) from error
 
 
@@ -307,7 +307,7 @@ def _tell_skipped(sets: Sets) -> None:
     if sets.skipped and rank() == 0:
         log.print(f"[yellow]{len(sets.skipped)} videos are skipped:[/yellow]")
         for row in sets.skipped:
-            log.print(f"  {row.name}: {row.reason}", markup=False)
+            log.print(f"  {row.name}: {row.reason}", markup=False, soft_wrap=True)
 
 
 @contextmanager

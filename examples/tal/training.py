@@ -236,8 +236,10 @@ def read_last(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return {"config": {}, **{name: state[name] for name in ("epoch", "config", *_PARTS)}}
     except Exception as error:  # a damaged file may raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: cannot be read ({reason[:80]}); name another --out.") from error
+        reason = type(error).__name__
+        raise ValueError(
+            f"{path}: cannot be read ({reason}). Remove it, or name another --out."
+        ) from error
 
 
 def averaged(detector: Detector, ema: float = 0.0) -> AveragedModel:

@@ -65,7 +65,7 @@ def test_what_is_kept_for_backward_does_not_grow_with_depth_once_rewired() -> No
 @pytest.mark.parametrize(
     ("network", "frames", "ways"),
     [
-        ("swin", 4, ["plain", "checkpointed", "rewired"]),
+        pytest.param("swin", 4, ["plain", "checkpointed", "rewired"], marks=pytest.mark.slow),
         pytest.param(
             "slowfast",
             8,
@@ -88,6 +88,7 @@ def test_each_way_takes_less_than_the_one_before_and_as_estimated(
     assert all(after < before for before, after in pairwise(peaks)), peaks
 
 
+@pytest.mark.slow
 def test_chunks_take_less_yet() -> None:
     ways = ["rewired", "rewired+chunks"]
     rows = list(memory.run(["videomae"], [32], ways, size=SIZE, measured_to=32))

@@ -166,8 +166,10 @@ class _Search:
 
     def _gradients(self) -> int:
         """Bytes of the branch's own gradients, which a part has beside the sum of those before."""
-        own = (registry.tensor for registry in self._branch.holdings.held())
-        return sum(t.numel() * t.element_size() for t in own if t.requires_grad)
+        return sum(t.numel() * t.element_size() for t in self._own() if t.requires_grad)
+
+    def _own(self) -> list[Tensor]:
+        return [registry.tensor for registry in self._branch.holdings.held()]
 
     def _outermost_first(self) -> list[int]:
         strides = self._x.stride()
@@ -198,7 +200,7 @@ class _Search:
             seen[storage._cdata] = storage.nbytes()
             return tensor.detach()
 
-        own = [registry.tensor for registry in self._branch.holdings.held()]
+        own = self._own()
         # What stands for them in the run. The mode makes the same again only while they live.
         fakes = [t if isinstance(t, FakeTensor) else self._mode.from_tensor(t) for t in own]
         with self._mode, torch.enable_grad():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 import rewire
+from examples.tal import memory
 from examples.tal.building import detector_of, ready
 from examples.tal.comparison import ARMS, append, compare, outcomes_table, pretrained
 from examples.tal.config import Config, differences, read_config
@@ -35,16 +36,12 @@ from examples.tal.data.classification import labelled
 from examples.tal.data.loading import Batch
 from examples.tal.data.synthetic import ANNOTATIONS, PRETRAINING, VIDEOS, Amounts, generate
 from examples.tal.distribution import rank, ranks
-from examples.tal.evaluation import Evaluation, average_recall, evaluate
+from examples.tal.evaluation import Evaluation, average_recall, check_thresholds, evaluate
 from examples.tal.files import written_whole
-from examples.tal.memory import FRAMES, SWEPT, WAYS
-from examples.tal.memory import append as append_memory
-from examples.tal.memory import plot as plot_memory
-from examples.tal.memory import run as sweep
-from examples.tal.memory import table as memory_table
 from examples.tal.prediction import predict
 from examples.tal.pretraining import accuracy, clips, finetune
 from examples.tal.sets import Sets, sets_of
+from examples.tal.timeline import draw_timeline
 from examples.tal.training import LAST, Trainer, averaged, read_last, seed_all
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -101,7 +98,7 @@ def pretrain_command(
     with one_line_errors():
         given = read_config(config)
         data, test = (clips(root / PRETRAINING, name) for name in ("training", "validation"))
-        classifier = pretrained(given, data, given.recipe.seed, epochs)
+        classifier = pretrained(given, data, epochs)
         log.print(f"{accuracy(classifier, test):.3f} of the clips after {epochs} epochs")
         if given.backbone.way == "rewired":
             ready(given, classifier.backbone)
@@ -123,10 +120,11 @@ def train(
     with one_line_errors(), _processes(device) as place:
         given = read_config(config)
         out.mkdir(parents=True, exist_ok=True)
-        if resume:
-            _refuse_another(given, out, ("data", "backbone", "losa", "localizer", "recipe"))
+        last = None
+        if resume and (out / LAST).exists():
+            last = _last(given, out, ("data", "backbone", "losa", "localizer", "recipe"))
         trainer, sets = _opened(given, place, out)
-        if resume and trainer.resume() and rank() == 0:
+        if resume and trainer.resume(last) and rank() == 0:
             log.print(f"going on after epoch {trainer.epoch}")
         with _bar() as watched:
             trainer.run(_told, watched)
@@ -149,12 +147,12 @@ def predict_command(
         given = read_config(config)
         if not (out / LAST).exists():
             raise ValueError(f"{out / LAST}: there is no training. Run train first.")
-        _refuse_another(given, out, ("backbone", "losa", "localizer"))
+        last = _last(given, out, ("backbone", "losa", "localizer"))
         sets = sets_of(given, testing_only=True)
         _tell_skipped(sets)
         bare = replace(given, backbone=replace(given.backbone, weights=""))
         average = averaged(detector_of(bare, len(sets.classes)).to(place))
-        average.load_state_dict(read_last(out / LAST)["average"])
+        average.load_state_dict(last["average"])
         found = _predicted(given, average, sets)
         if rank() == 0:
             write_predictions(to, found, VERSION)
@@ -214,9 +212,9 @@ def evaluate_command(
 
 @app.command("memory")
 def memory_command(
-    networks: Annotated[str, typer.Option(help="Backbones, with commas.")] = ",".join(SWEPT),
-    frames: Annotated[str, typer.Option(help="With commas.")] = ",".join(map(str, FRAMES)),
-    ways: Annotated[str, typer.Option(help="To train, with commas.")] = ",".join(WAYS),
+    networks: Annotated[str, typer.Option(help="Backbones, with commas.")] = ",".join(memory.SWEPT),
+    frames: Annotated[str, typer.Option(help="With commas.")] = ",".join(map(str, memory.FRAMES)),
+    ways: Annotated[str, typer.Option(help="To train, with commas.")] = ",".join(memory.WAYS),
     device: DeviceName = "cpu",
     measured_to: Annotated[
         int | None,
@@ -228,16 +226,16 @@ def memory_command(
     """Memory of a training step against frames: estimated, and measured where it fits."""
     with one_line_errors():
         rows, lengths = [], _numbers("--frames", frames)
-        for row in sweep(
+        for row in memory.run(
             networks.split(","), lengths, ways.split(","), device, measured_to=measured_to
         ):
             rows.append(row)
             log.print(f"{row.network}, {row.way}, {row.frames} frames: {row.kind}")
             if to is not None:
-                append_memory(to, row)
-        Console().print(memory_table(rows))
+                memory.append(to, row)
+        Console().print(memory.table(rows))
         if plot is not None:
-            plot_memory(rows, plot)
+            memory.plot(rows, plot)
 
 
 @app.command()
@@ -253,8 +251,6 @@ def timeline(
         videos = {row.name: row for row in read_annotations(ground_truth)}
         if video not in videos:
             raise ValueError(f"{ground_truth}: there is no video {video!r}.")
-        from examples.tal.timeline import draw_timeline  # matplotlib is slow to import
-
         draw_timeline(to, videos[video], read_predictions(predictions).get(video, []), least)
 
 
@@ -270,8 +266,7 @@ def _limits(text: str) -> list[float]:
         limits = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"--thresholds: numbers with commas, not {text!r}.") from error
-    if not all(0 < limit <= 1 for limit in limits):
-        raise ValueError(f"--thresholds: shares from 0 to 1, not {text!r}.")
+    check_thresholds(limits)
     return limits
 
 
@@ -284,14 +279,15 @@ def _opened(config: Config, place: torch.device, out: Path) -> tuple[Trainer, Se
     return Trainer(detector, sets.training, config.recipe, out, asdict(config)), sets
 
 
-def _refuse_another(config: Config, out: Path, parts: tuple[str, ...]) -> None:
-    """Refuse a folder in which something else was trained."""
-    saved = read_last(out / LAST)["config"] if (out / LAST).exists() else {}
-    if saved and (found := differences(config, saved, parts)):
+def _last(config: Config, out: Path, parts: tuple[str, ...]) -> dict[str, Any]:
+    """The state in a folder; refuses one of something else that was trained."""
+    state = read_last(out / LAST)
+    if state["config"] and (found := differences(config, state["config"], parts)):
         raise ValueError(
             f"{out / LAST} was trained otherwise: {'; '.join(found)}. "
             "Name another --out, or begin anew with --no-resume."
         )
+    return state
 
 
 def _predicted(config: Config, average: nn.Module, sets: Sets) -> dict[str, list[Prediction]]:

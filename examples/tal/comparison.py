@@ -118,46 +118,52 @@ def compare(
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool:
-        kept = [pool.submit(_kept, config, motions, seed) for seed in range(seeds)]
-        for job in kept:
-            job.result()
+        seeded = [replace(config, recipe=replace(config.recipe, seed=n)) for n in range(seeds)]
+        files = list(pool.map(_kept, seeded, seeds * [motions]))
         jobs = [
-            pool.submit(_one, config, motions, arm, seed) for seed in range(seeds) for arm in arms
+            pool.submit(_one, own, motions, arm, file)
+            for own, file in zip(seeded, files, strict=True)
+            for arm in arms
         ]
         for job in as_completed(jobs):
             yield job.result()
 
 
-def _one(config: Config, motions: Path, arm: Arm, seed: int) -> Outcome:
+def _one(config: Config, motions: Path, arm: Arm, file: Path) -> Outcome:
     """One arm with one seed, in a process of its own: the same backbone for all arms of a seed."""
     torch.set_num_threads(1)
     train, test = clips(motions, "training"), clips(motions, "validation")
-    classifier = pretrained(config, train, seed, 0)
-    classifier.load_state_dict(torch.load(_kept(config, motions, seed), weights_only=True))
-    own = replace(config, recipe=replace(config.recipe, seed=seed))
-    return run(arm, own, sets_of(own), (train, test), classifier, seed)
+    classifier = _new(config)
+    classifier.load_state_dict(torch.load(file, weights_only=True))
+    return run(arm, config, sets_of(config), (train, test), classifier)
 
 
-def _kept(config: Config, motions: Path, seed: int) -> Path:
+def _kept(config: Config, motions: Path) -> Path:
     """The pretrained classifier of a seed: a file beside the clips, made where there is none."""
+    seed = config.recipe.seed
     made_of = (motions / ANNOTATIONS).read_bytes() + repr(config.backbone).encode()
     mark = hashlib.sha256(made_of).hexdigest()[:8]
     path = motions / f"{config.backbone.name}_{_PRETRAINED}_epochs_seed_{seed}_{mark}.pt"
     if not path.exists():
         torch.set_num_threads(1)
-        classifier = pretrained(config, clips(motions, "training"), seed, _PRETRAINED)
+        classifier = pretrained(config, clips(motions, "training"), _PRETRAINED)
         with written_whole(path) as beside:
             torch.save(classifier.state_dict(), beside)
     return path
 
 
-def pretrained(config: Config, clips: Clips, seed: int, epochs: int) -> Classifier:
-    """A classifier with the configuration's backbone, new, trained on clips."""
-    seed_all(seed)
-    new = replace(config, backbone=replace(config.backbone, weights=""))
-    classifier = Classifier(backbone_of(new), len(CLASSES))
-    pretrain(classifier, clips, epochs=epochs, seed=seed)
+def pretrained(config: Config, clips: Clips, epochs: int) -> Classifier:
+    """A classifier with the configuration's backbone, new, trained on clips with its seed."""
+    seed_all(config.recipe.seed)
+    classifier = _new(config)
+    pretrain(classifier, clips, epochs=epochs, seed=config.recipe.seed)
     return classifier
+
+
+def _new(config: Config) -> Classifier:
+    """One that has learned nothing yet, whatever the configuration's weights are."""
+    bare = replace(config, backbone=replace(config.backbone, weights=""))
+    return Classifier(backbone_of(bare), len(CLASSES))
 
 
 def run(
@@ -166,19 +172,17 @@ def run(
     sets: Sets,
     motions: tuple[Clips, Clips],
     classifier: Classifier,
-    seed: int,
 ) -> Outcome:
     """Train one arm with one seed, and test it.
 
     Args:
         arm: The way.
-        config: Of data, localizer and recipe.
+        config: Of data, localizer and recipe, and the seed of all that is drawn.
         sets: To train on and to test on.
         motions: Clips of the pretraining task, to train and to test on.
         classifier: The pretrained one; a copy of it is used.
-        seed: Of all that is drawn.
     """
-    start = time.perf_counter()
+    start, seed = time.perf_counter(), config.recipe.seed
     classifier = copy.deepcopy(classifier)
     backbone = classifier.backbone
     if arm.way == "rewired":
@@ -187,7 +191,7 @@ def run(
         finetune(classifier, motions[0], arm.finetuned, seed)
     told = accuracy(classifier, motions[1])
     rate = arm.rate * config.recipe.rate
-    recipe = replace(config.recipe, seed=seed, epochs=arm.epochs, backbone_rate=rate)
+    recipe = replace(config.recipe, epochs=arm.epochs, backbone_rate=rate)
     seed_all(seed)
     detector, samples, tests = _network(arm, config, backbone, sets)
     trainer = Trainer(detector, samples, recipe)

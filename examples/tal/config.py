@@ -15,7 +15,7 @@ import yaml
 import rewire
 from examples.tal.data.augmentation import Augmentation
 from examples.tal.data.windows import Sampling
-from examples.tal.evaluation import THUMOS_THRESHOLDS
+from examples.tal.evaluation import THUMOS_THRESHOLDS, check_thresholds
 from examples.tal.models.actionformer import ActionFormerShape
 from examples.tal.models.detector import Suppression
 from examples.tal.models.losa import LoSAShape
@@ -124,8 +124,7 @@ class Config:
             raise ValueError(
                 "backbone: checkpointed norms run twice a step; recipe: freeze_norms must be true."
             )
-        if not self.thresholds or not all(0 < limit <= 1 for limit in self.thresholds):
-            raise ValueError(f"thresholds: shares from 0 to 1, not {self.thresholds}.")
+        check_thresholds(self.thresholds)
 
 
 # What a training may be gone on with otherwise: it changes no network, and no step that was made.

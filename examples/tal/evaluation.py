@@ -61,6 +61,16 @@ class Evaluation:
         return {"mAP": {**named, "average": self.average}}
 
 
+def check_thresholds(limits: Sequence[float]) -> None:
+    """Refuse what are no shares of overlap.
+
+    Raises:
+        ValueError: One is not above 0 and up to 1, or there are none.
+    """
+    if not limits or not all(0 < limit <= 1 for limit in limits):
+        raise ValueError(f"thresholds: shares from 0 to 1, not {list(limits)}.")
+
+
 def evaluate(
     videos: Sequence[Video],
     predictions: Mapping[str, Sequence[Prediction]],

@@ -25,7 +25,8 @@ from rich.table import Table
 from torch import nn
 
 import rewire
-from examples.tal.files import append_row, written_whole
+from examples.tal.figures import new_figure, write_figure
+from examples.tal.files import append_row
 from examples.tal.models.backbones import NETWORKS, Backbone, freeze_norms, prepared
 
 GIBI = 2**30
@@ -336,24 +337,19 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ValueError: There are no rows, or matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install matplotlib.") from error
     networks = _by_network(rows)
     if not networks:
         raise ValueError("there are no rows to draw.")
     across = min(4, len(networks))
     down = -(-len(networks) // across)
-    figure = Figure(figsize=(3.4 * across, 0.7 + 3.1 * down), dpi=150, layout="constrained")
+    figure = new_figure((3.4 * across, 0.7 + 3.1 * down), dpi=150)
     panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
     for axes, (network, ways) in zip(panels, networks.items(), strict=False):
         _panel(axes, network, ways)
     for axes in panels[len(networks) :]:
         axes.remove()
     _legend(figure)
-    with written_whole(path) as beside:
-        figure.savefig(beside, format=path.suffix.lstrip(".") or "png")
+    write_figure(path, figure)
 
 
 def _panel(axes: Any, network: str, ways: _Ways) -> None:

@@ -211,15 +211,19 @@ class Trainer:
         with written_whole(path) as beside:
             torch.save({"epoch": self.epoch, "config": self.config, **state}, beside)
 
-    def resume(self) -> bool:
-        """Go on from the folder's last state, if there is one."""
+    def resume(self, state: Mapping[str, Any] | None = None) -> bool:
+        """Go on from the folder's last state, if there is one.
+
+        Args:
+            state: It, of `read_last`; None: it is read.
+        """
         path = None if self.folder is None else self.folder / LAST
         there = path is not None and path.exists()
         if mean_of_ranks(float(there), self.device) not in (0.0, 1.0):
             raise ValueError(f"{path}: not every process sees it; --out must be a shared folder.")
         if path is None or not there:
             return False
-        state = read_last(path)
+        state = state or read_last(path)
         for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.epoch = state["epoch"]

@@ -168,7 +168,7 @@ def test_every_way_of_the_comparison_runs(videos: Set) -> None:
         losa=LoSAShape(every=2, width=16),
     )
     clips = Clips(torch.randint(0, 255, (8, 3, 8, 64, 64)).byte(), torch.arange(8) % 6)
-    classifier = pretrained(config, clips, seed=0, epochs=1)
+    classifier = pretrained(config, clips, epochs=1)
     found = [
         run(
             replace(arm, epochs=1),
@@ -176,7 +176,6 @@ def test_every_way_of_the_comparison_runs(videos: Set) -> None:
             Sets(training, testing, testing.videos, CLASSES, [], None),
             (clips, clips),
             classifier,
-            0,
         )
         for arm in ARMS
         if not arm.finetuned

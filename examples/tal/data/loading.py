@@ -126,15 +126,16 @@ class Windows(Dataset[Sample]):
         self._kept: dict[str, Tensor] | None = {} if keep else None
         self.windows = [] if training else [w for video in self.videos for w in self._all(video)]
         cut = training and sampling.clipped and sampling.stride
-        self._short = [v for v in self.videos if cut and has_clips(v, files[v.name].fps, sampling)]
+        short = [v for v in self.videos if cut and has_clips(v, files[v.name].fps, sampling)]
+        self._drawn_from = [*self.videos, *short] if training else []
 
     def __len__(self) -> int:
-        return len(self.videos) + len(self._short) if self.training else len(self.windows)
+        return len(self._drawn_from) if self.training else len(self.windows)
 
     def __getitem__(self, number: int) -> Sample:
         """A sample; of what cannot be read another one in training, and none of it in testing."""
         if not self.training:
-            return self._sample(self.windows[number], None)
+            return self._tested(self.windows[number])
         for other in range(len(self)):
             try:
                 return self._drawn((number + other) % len(self))
@@ -145,14 +146,22 @@ class Windows(Dataset[Sample]):
     def _drawn(self, number: int) -> Sample:
         """A random window."""
         random = np.random.default_rng([self.seed, self.epoch, number])
-        video = [*self.videos, *self._short][number]
+        video = self._drawn_from[number]
         file = self.files[video.name]
         if not self.sampling.stride:
             window = spread(video, file.frames, self.sampling)
         else:
             cut = truncated if number < len(self.videos) else clipped
             window = cut(video, file.fps, file.frames, self.sampling, random)
-        return self._sample(window, int(random.integers(2**31)))
+        return self._sample(window, self._frames(window), int(random.integers(2**31)))
+
+    def _tested(self, window: Window) -> Sample:
+        """A window to test on; no step of it is real where it cannot be read."""
+        try:
+            return self._sample(window, self._frames(window))
+        except VideoError as error:
+            warnings.warn(f"left out: {error}", stacklevel=3)
+            return self._sample(replace(window, real=0), self._nothing(window))
 
     def _all(self, video: Video) -> list[Window]:
         file = self.files[video.name]
@@ -160,16 +169,9 @@ class Windows(Dataset[Sample]):
             return [spread(video, file.frames, self.sampling)]
         return sliding(video, file.fps, file.frames, self.sampling)
 
-    def _sample(self, window: Window, seed: int | None) -> Sample:
-        try:
-            frames = self._frames(window)
-        except VideoError as error:
-            if self.training:
-                raise
-            warnings.warn(f"left out: {error}", stacklevel=2)
-            frames, window = self._nothing(window), replace(window, real=0)
+    def _sample(self, window: Window, frames: Tensor, seed: int = 0) -> Sample:
         if self.transform is not None:
-            with _drawing(seed or 0):
+            with _drawing(seed):
                 frames = self.transform(frames)
         mask = torch.arange(self.sampling.steps) < window.real
         numbers = [0 if self.single else self.numbers[label] for label in window.labels]
